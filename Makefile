@@ -1,0 +1,48 @@
+# Everything runs in an environment of its own, made when it is missing or stale:
+#   make demo     the main job on a real pretrained model
+#   make test     tests and the examples in the documentation
+#   make check    format, lint, types, and make test
+#   make scaling  time and memory against exact attention
+# PYTHON=python3.12 VENV=.venv-3.12 make test    does the same with another Python.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+
+python := $(VENV)/bin/python
+version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+installed := $(VENV)/.installed-$(version)-$(EXTRAS)
+
+# An environment whose interpreter has gone is stale, too.
+ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
+.PHONY: $(installed)
+endif
+
+.PHONY: demo test check format scaling clean
+
+demo: $(installed)
+	$(python) -m experiments.pretrained_swap
+
+test: $(installed)
+	$(python) -m pytest -n auto
+
+check: $(installed)
+	$(python) -m ruff format --check
+	$(python) -m ruff check
+	$(python) -m pyright
+	$(python) -m pytest -n auto
+
+format: $(installed)
+	$(python) -m ruff format
+	$(python) -m ruff check --fix
+
+scaling: $(installed)
+	$(python) -m experiments.scaling
+
+clean:
+	rm -rf $(VENV)
+
+$(installed): pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(python) -m pip install --quiet --upgrade pip
+	$(python) -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,275 @@
+"""Clustered attention, as users call it: arguments are checked, made canonical, attended to."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from clustax import implementations, masks, reference, validation, xla
+from clustax.clustering import Clusters, cluster_queries
+
+MERGES = ("mass", "lse")
+SPACES = ("query", "logit")
+_ATTEND = {"xla": xla.attend, "reference": reference.attend}
+
+
+def attend(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None = None,
+    mask: Bool[Array, "*#B #N 1 S"] | None = None,
+    *,
+    clusters: Clusters,
+    topk: int = 32,
+    merge: str = "mass",
+    scale: float | Float[Array, ""] | None = None,
+    query_seq_lengths: Int[Array, "*B"] | None = None,
+    key_value_seq_lengths: Int[Array, "*B"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*B T N V"]:
+    r"""Attention of queries that are grouped into clusters: (improved) clustered attention.
+
+    The centroid of cluster j is the mean :math:`Q^c_j` of its queries, with the attention weights
+    :math:`A^c_j = \mathrm{softmax}(s\, Q^c_j K^T + b)`. A query i of the cluster takes these
+    weights for all keys but the k of them, :math:`T_j`, where :math:`A^c_j` is largest. For those
+    its own logits :math:`s_{il} = s\, Q_i \cdot K_l + b_l` are computed:
+
+    .. math:: V_i = w_i \sum_{l \in T_j} \mathrm{softmax}_{T_j}(s_i)_l \, V_l
+                  + (1 - w_i) \sum_{l \notin T_j} \mathrm{softmax}_{\bar T_j}(s\, Q^c_j K^T + b)_l
+                  \, V_l
+
+    where :math:`w_i` is the mass of the top-k keys: that which they have at the centroid,
+    :math:`\sum_{l \in T_j} A^c_{jl}`, with ``merge="mass"`` (the paper's improved clustered
+    attention), or each query's own, from the log-sum-exp of its exact logits against that of the
+    centroid's other logits, with ``merge="lse"``. ``topk=0`` is the paper's plain clustered
+    attention; ``topk=S``, or one query a cluster, is exact attention. The cost is O(T · max(C, k) ·
+    max(H, V)).
+
+    Everything but ``clusters`` is differentiable. Products are accumulated and the softmax is taken
+    in at least float32. A key that is masked, padding, or biased by -inf has no influence on
+    outputs or gradients, whatever it and its value hold. Padded queries, and queries without keys,
+    get zeros.
+
+    Args:
+      query: queries: batch axes, length T, N heads, head dim H; of any floating dtype.
+      key: keys of the same dtype: length S, K heads. Each of them serves N / K consecutive query
+        heads.
+      value: values of the same dtype: value dim V.
+      bias: what is added to the logits of a key, the same for all queries.
+      mask: True for the keys to attend to, the same for all queries.
+      clusters: the clusters of these queries, from :func:`clustax.cluster_queries`.
+      topk: k, the number of keys with exact logits, at least 0. It is clamped to S.
+      merge: "mass" or "lse".
+      scale: factor s of the logits; 1 / sqrt(H) if None.
+      query_seq_lengths: number of valid queries of each batch entry; the rest is padding. All if
+        None.
+      key_value_seq_lengths: the same for keys and values.
+      implementation: "xla", "pallas", "reference", several of these to try in order, or None to let
+        clustax choose; :func:`clustax.implementations.choose` says which one it is.
+
+    Returns:
+      The attended values, in the dtype of ``query``.
+
+    Raises:
+      ValueError: if an argument is not as above.
+      NotImplementedError: if ``implementation`` cannot serve the call.
+
+    Source: paper, sections 3.2 and 3.3; ``merge="lse"`` is clustax's own.
+
+    >>> from clustax import cluster_queries
+    >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 256, 2, 16))  # T N H
+    >>> clusters = cluster_queries(query, num_clusters=16)
+    >>> exact = jax.nn.dot_product_attention(query, key, value)
+    >>> for topk in (0, 64, 256):
+    ...     out = attend(query, key, value, clusters=clusters, topk=topk)
+    ...     print(f"{float(jnp.abs(out - exact).max()):.2f}")
+    0.69
+    0.29
+    0.00
+    """
+    query, key = validation.query_key(query, key)
+    value = validation.value_of_key(value, key)
+    batch, num_keys, head_dim = query.shape[:-3], key.shape[-3], query.shape[-1]
+    bias = validation.of_keys("bias", bias, query, num_keys)
+    mask = validation.of_keys("mask", mask, query, num_keys)
+    clusters = Clusters(*validation.clusters(clusters, query))
+    validation.at_least("topk", topk, 0)
+    validation.choice("merge", merge, MERGES)
+    return _attend(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        clusters,
+        head_dim**-0.5 if scale is None else validation.scalar("scale", scale),
+        validation.lengths("query_seq_lengths", query_seq_lengths, batch),
+        validation.lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        topk=min(topk, num_keys),
+        merge=merge,
+        implementation=implementations.choose(implementation).name,
+    )
+
+
+@partial(jax.jit, static_argnames=("topk", "merge", "implementation"))
+def _attend(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None,
+    mask: Bool[Array, "*#B #N 1 S"] | None,
+    clusters: Clusters,
+    scale: float | Float[Array, ""],
+    query_seq_lengths: Int[Array, "*B"] | None,
+    key_value_seq_lengths: Int[Array, "*B"] | None,
+    *,
+    topk: int,
+    merge: str,
+    implementation: str,
+) -> Float[Array, "*B T N V"]:
+    """Makes the arguments canonical for the implementations.
+
+    They get one batch axis; validity and bias of keys, None or of full shape; keys and values that
+    hold zeros where they do not count; clusters that leave padded queries out.
+    """
+    *batch, length, num_heads, _ = query.shape
+    num_keys, value_dim = value.shape[-3], value.shape[-1]
+    valid = masks.valid_keys(mask, bias, key_value_seq_lengths, num_keys)
+    key, value = (masks.drop_keys(x, valid, num_heads) for x in (key, value))
+
+    def of_heads(x):  # *B|1 N|1 S -> B N S
+        if x is None:
+            return None
+        return jnp.broadcast_to(x, (*batch, num_heads, num_keys)).reshape(-1, num_heads, num_keys)
+
+    if bias is not None:
+        bias = bias[..., 0, :].astype(jnp.promote_types(bias.dtype, jnp.float32))
+        bias = bias if valid is None else jnp.where(valid, bias, 0)
+    if query_seq_lengths is not None:
+        clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
+    out = _ATTEND[implementation](
+        query.reshape(-1, *query.shape[-3:]),
+        key.reshape(-1, *key.shape[-3:]),
+        value.reshape(-1, *value.shape[-3:]),
+        of_heads(bias),
+        of_heads(valid),
+        clusters.assignment.reshape(-1, num_heads, length),
+        clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
+        topk=topk,
+        merge=merge,
+        scale=scale,
+    )
+    return out.reshape(*query.shape[:-1], value_dim).astype(query.dtype)
+
+
+def _leave_out(clusters: Clusters, valid: Bool[Array, "*B T"]) -> Clusters:
+    """Clusters without the queries that are not valid."""
+    num_clusters = clusters.counts.shape[-1]
+    assignment = jnp.where(valid[..., None, :], clusters.assignment, num_clusters)
+    count = partial(jnp.bincount, length=num_clusters)  # what is assigned to C falls out
+    counts = jnp.vectorize(count, signature="(t)->(c)")(assignment)
+    return Clusters(assignment, counts)
+
+
+def clustered_attention(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None = None,
+    mask: Bool[Array, "*#B #N 1 S"] | None = None,
+    *,
+    num_clusters: int = 100,
+    topk: int = 32,
+    merge: str = "mass",
+    scale: float | Float[Array, ""] | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, "*B"] | None = None,
+    key_value_seq_lengths: Int[Array, "*B"] | None = None,
+    num_bits: int = 64,
+    num_iterations: int = 10,
+    metric: str = "hamming",
+    space: str = "query",
+    rng: Array | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*B T N V"]:
+    r"""Approximates softmax attention in time and memory linear in T and S.
+
+    Groups the queries of each head into clusters (:func:`clustax.cluster_queries`), then attends by
+    cluster (:func:`clustax.attend`). The arguments of ``jax.nn.dot_product_attention`` have their
+    names here, so that one can stand in for the other. Where T <= C every query is a cluster of its
+    own, and the result exact.
+
+    Args:
+      query: queries: batch axes, length T, N heads, head dim H; of any floating dtype.
+      key: keys of the same dtype: length S, K heads. Each of them serves N / K consecutive query
+        heads.
+      value: values of the same dtype: value dim V.
+      bias: what is added to the logits of a key, the same for all queries.
+      mask: True for the keys to attend to, the same for all queries.
+      num_clusters: C, the number of clusters of each head, at least 1.
+      topk: k, the number of keys with exact logits, at least 0; 0 is plain clustered attention.
+      merge: "mass" or "lse"; see :func:`clustax.attend`.
+      scale: factor of the logits; 1 / sqrt(H) if None.
+      is_causal: must be False: centroids and top-k keys mix in later positions.
+      query_seq_lengths: number of valid queries of each batch entry; the rest is padding. All if
+        None.
+      key_value_seq_lengths: the same for keys and values.
+      num_bits: bits in a hash code, at least 1. Only with ``metric="hamming"``.
+      num_iterations: number of assignments in K-means, at least 1.
+      metric: "hamming" (the paper's) or "euclidean".
+      space: what distances between queries are: those between the queries (the paper's, "query"),
+        or those between their logits ("logit"), which costs O((T + S) H²) more.
+      rng: a key for hash planes and starting centroids; ``jax.random.key(0)`` if None.
+      implementation: see :func:`clustax.attend`.
+
+    Returns:
+      The attended values, in the dtype of ``query``.
+
+    Raises:
+      ValueError: if an argument is not as above.
+      NotImplementedError: if ``is_causal``, or if ``implementation`` cannot serve the call.
+
+    Source: paper, section 3.
+
+    >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 512, 4, 16))  # B = 2, N = 4
+    >>> out = jax.jit(clustered_attention)(query, key, value)
+    >>> out.shape
+    (2, 512, 4, 16)
+    """
+    if is_causal:
+        raise NotImplementedError(
+            "is_causal=True is not supported: queries share the centroid and the top-k keys of "
+            "their cluster, so later positions would leak into earlier ones; use exact attention "
+            "where it has to be causal."
+        )
+    validation.choice("space", space, SPACES)
+    query, key = validation.query_key(query, key)
+    about_keys = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
+    clusters = cluster_queries(
+        query,
+        key if space == "logit" else None,
+        num_clusters=num_clusters,
+        num_bits=num_bits,
+        num_iterations=num_iterations,
+        metric=metric,
+        rng=rng,
+        query_seq_lengths=query_seq_lengths,
+        implementation=implementation,
+        **(about_keys if space == "logit" else {}),
+    )
+    return attend(
+        query,
+        key,
+        value,
+        bias,
+        clusters=clusters,
+        # Where each query is a cluster its centroid has the exact weights of all keys already.
+        topk=0 if query.shape[-3] <= num_clusters else topk,
+        merge=merge,
+        scale=scale,
+        implementation=implementation,
+        **about_keys,
+    )
