@@ -128,7 +128,7 @@ def _nearest_point(points: Float[Array, "T H"], centroids: Float[Array, "C H"]) 
     return lax.platform_dependent(cpu=loop, default=fused)
 
 
-def _spread(codes: UInt32[Array, "T W"], width: int) -> UInt32[Array, "T W*width"]:
+def _spread(codes: UInt32[Array, "T W"], width: int) -> UInt32[Array, "T F"]:
     """Spreads bits out into fields of ``width`` bits.
 
     Word s of the ``width`` words for 32 bits holds the bits s, s + ``width``, …: adding such words
@@ -140,7 +140,7 @@ def _spread(codes: UInt32[Array, "T W"], width: int) -> UInt32[Array, "T W*width
 
 
 def _count_ones(
-    spread: UInt32[Array, "T W*width"],
+    spread: UInt32[Array, "T F"],
     assignment: Int[Array, " T"],
     num_clusters: int,
     num_bits: int,

@@ -49,7 +49,7 @@ def rng_key(name: str, rng: Any) -> Array:
 
 
 def array(name: str, value: Any, axes: str, kind: type, kind_name: str) -> Array:
-    """Checks the dtype and the rank of an array, of which no axis but a batch axis may be empty.
+    """Checks the dtype and the rank of an array, of which no axis may be empty.
 
     ``axes`` names the axes; a first one of "*B" stands for any number of batch axes.
     """
@@ -65,7 +65,7 @@ def array(name: str, value: Any, axes: str, kind: type, kind_name: str) -> Array
         raise ValueError(
             f"{name} must have axes ({', '.join(named)}){any_batch}, got shape {value.shape}."
         )
-    if 0 in value.shape[value.ndim - len(core) :]:
+    if 0 in value.shape:
         raise ValueError(f"{name} must not be empty, got shape {value.shape}.")
     return value
 

@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
     slot: Int[Array, " T"]  # the slot of each query, L·M for a padded one
 
 
-class Partial(NamedTuple):
+class Attended(NamedTuple):
     """Attention over some of the keys, and what it takes to merge it with attention over others."""
 
     mean: Float[Array, "*L n V"]  # of the values, weighted by the softmax over these keys
@@ -194,7 +194,7 @@ def attention_logits(
     return logits
 
 
-def attend_keys(logits: Float[Array, "*L n S"], value: Float[Array, "*L S V"]) -> Partial:
+def attend_keys(logits: Float[Array, "*L n S"], value: Float[Array, "*L S V"]) -> Attended:
     """Softmax over keys, times their values."""
     shift = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - shift)
@@ -205,7 +205,7 @@ def attend_keys(logits: Float[Array, "*L n S"], value: Float[Array, "*L S V"]) -
         value,
         preferred_element_type=logits.dtype,
     )
-    return Partial(sums / total[..., None], shift[..., 0] + jnp.log(total))
+    return Attended(sums / total[..., None], shift[..., 0] + jnp.log(total))
 
 
 def select_topk(
@@ -224,7 +224,7 @@ def stable_topk(x: Float[Array, "C S"], k: int) -> tuple[Float[Array, "C k"], In
     block = 1 << max(0, round(math.log2(math.sqrt(length / k))))
     num_blocks = -(-length // block)
     if 8 * (num_blocks + k * block) > length:
-        return lax.top_k(x, k)
+        return tuple(lax.top_k(x, k))
     padding = ((0, 0), (0, num_blocks * block - length))
     blocks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(rows, num_blocks, block)
     # In the order of the sequence, so that ties still go to the lowest index.

@@ -1,0 +1,54 @@
+"""Times of rivals that take turns, so that the noise of the machine hits all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Times:
+    """What repeated runs of one thing took.
+
+    Attributes:
+        seconds: of every counted run, in order.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Seconds: a quarter of the runs took less than the first, a quarter more."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+def take_turns(
+    rivals: Mapping[str, Callable[[], None]],
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Times]:
+    """Times all rivals in turn, round after round.
+
+    Each turn is two runs of which the second counts: the first one brings back what the rival
+    before has driven out of caches and memory.
+
+    Args:
+        rivals: what to run, by name; a call returns when its work is done.
+        rounds: counted runs of each, at least 2.
+        advance: called after every turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            run()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+            advance()
+    return {name: Times(tuple(values)) for name, values in seconds.items()}

@@ -1,0 +1,104 @@
+"""Writes the results in experiments/results into the README, so that no figure in it is typed.
+
+python -m experiments.tables
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "experiments" / "results"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns but the first are aligned to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def pretrained_swap(record: Mapping[str, Any]) -> str:
+    """The table of experiments.pretrained_swap."""
+    header = (
+        "attention",
+        "C",
+        "token cosine",
+        "document cosine",
+        "accuracy",
+        "equal labels",
+        "ms per document",
+    )
+    rows = [
+        (
+            row["attention"],
+            str(row["num_clusters"] or ""),
+            f"{row['token_cosine']:.3f}",
+            f"{row['document_cosine']:.3f}",
+            f"{row['accuracy']:.1%}",
+            f"{row['equal_labels']:.1%}",
+            f"{1000 * row['seconds']:.0f}",
+        )
+        for row in record["scores"]
+    ]
+    settings = record["settings"]
+    caption = (
+        f"{settings['documents']} documents of {record['mean_tokens']:.0f} tokens on average; "
+        f"k = {settings['topk']}; medians on {record['device']}, jax {record['versions']['jax']}."
+    )
+    return f"{markdown_table(header, rows)}\n\n{caption}"
+
+
+def scaling(record: Mapping[str, Any]) -> str:
+    """The table of experiments.scaling."""
+    names = list(dict.fromkeys(row["attention"] for row in record["rows"]))
+    by_length: dict[int, dict[str, Any]] = {}
+    for row in record["rows"]:
+        by_length.setdefault(row["length"], {})[row["attention"]] = row
+    rows = []
+    for length, found in by_length.items():
+        times = [f"{1000 * found[n]['median_seconds']:.1f}" if n in found else "" for n in names]
+        ratio = found["improved"]["speed_up"]
+        rows.append((str(length), *times, f"{ratio:.1f}×" if ratio else ""))
+    settings = record["settings"]
+    caption = (
+        f"Milliseconds (medians of {settings['rounds']} runs that take turns), "
+        f"{settings['batch']} × {settings['heads']} heads × {settings['head_dim']}, float32, "
+        f"C = {settings['clusters']}, k = {settings['topk']}, {settings['num_bits']} bits, "
+        f"{settings['num_iterations']} iterations; on {record['device']}, "
+        f"jax {record['versions']['jax']}. Last column: improved against the fastest exact one."
+    )
+    return f"{markdown_table(('T', *names, 'faster by'), rows)}\n\n{caption}"
+
+
+SECTIONS = {"pretrained_swap": pretrained_swap, "scaling": scaling}
+
+
+def fill_in(text: str, results: Path) -> str:
+    """Replaces what stands between `<!-- results: NAME -->` and `<!-- end -->`.
+
+    Args:
+        text: of the README.
+        results: the folder of NAME.json.
+
+    Raises:
+        KeyError: if NAME is not one of the experiments.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        record = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}\n{SECTIONS[match[2]](record)}\n{match[3]}"
+
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """The command line."""
+    text = README.read_text(encoding="utf-8")
+    README.write_text(fill_in(text, RESULTS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The results in the README are those of the JSON files."""
+
+import json
+
+from experiments import tables
+
+
+def test_readme_is_up_to_date():
+    text = tables.README.read_text(encoding="utf-8")
+    assert text.count("<!-- results: ") == len(tables.SECTIONS)
+    assert tables.fill_in(text, tables.RESULTS) == text, "run python -m experiments.tables"
+
+
+def test_fill_in_replaces_only_what_is_marked(tmp_path):
+    rows = [
+        {"attention": name, "length": 8, "median_seconds": seconds, "speed_up": speed_up}
+        for name, seconds, speed_up in [("exact (JAX)", 0.003, 1.0), ("improved", 0.002, 1.5)]
+    ]
+    settings = dict.fromkeys(
+        ("rounds", "batch", "heads", "head_dim", "clusters", "topk", "num_bits", "num_iterations"),
+        7,
+    )
+    record = {"settings": settings, "device": "cpu", "versions": {"jax": "1"}, "rows": rows}
+    (tmp_path / "scaling.json").write_text(json.dumps(record))
+
+    text = "before\n<!-- results: scaling -->\nold\n<!-- end -->\nafter\n"
+    filled = tables.fill_in(text, tmp_path)
+
+    assert filled.startswith("before\n<!-- results: scaling -->\n| T | exact (JAX) | improved |")
+    assert "| 8 | 3.0 | 2.0 | 1.5× |" in filled
+    assert "old" not in filled
+    assert filled.endswith("<!-- end -->\nafter\n")
+    assert tables.fill_in(filled, tmp_path) == filled
