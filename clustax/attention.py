@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,28 +91,49 @@ def attend(
     0.29
     0.00
     """
-    query, key = validation.query_key(query, key)
-    value = validation.value_of_key(value, key)
-    batch, num_keys, head_dim = query.shape[:-3], key.shape[-3], query.shape[-1]
-    bias = validation.of_keys("bias", bias, query, num_keys)
-    mask = validation.of_keys("mask", mask, query, num_keys)
-    clusters = Clusters(*validation.clusters(clusters, query))
-    validation.at_least("topk", topk, 0)
-    validation.choice("merge", merge, MERGES)
+    arrays = _checked_arrays(
+        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
+    )
+    _check_settings(topk, merge, scale)
+    query, key = arrays[:2]
     return _attend(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        clusters,
-        head_dim**-0.5 if scale is None else validation.scalar("scale", scale),
-        validation.lengths("query_seq_lengths", query_seq_lengths, batch),
-        validation.lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
-        topk=min(topk, num_keys),
+        *arrays,
+        Clusters(*validation.clusters(clusters, query)),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        topk=min(topk, key.shape[-3]),
         merge=merge,
         implementation=implementations.choose(implementation).name,
     )
+
+
+def _checked_arrays(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+) -> tuple[Any, ...]:
+    """The arrays of a call, checked against each other."""
+    query, key = validation.query_key(query, key)
+    batch, num_keys = query.shape[:-3], key.shape[-3]
+    return (
+        query,
+        key,
+        validation.value_of_key(value, key),
+        validation.of_keys("bias", bias, query, num_keys),
+        validation.of_keys("mask", mask, query, num_keys),
+        validation.lengths("query_seq_lengths", query_seq_lengths, batch),
+        validation.lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+    )
+
+
+def _check_settings(topk: int, merge: str, scale: float | Array | None) -> None:
+    validation.at_least("topk", topk, 0)
+    validation.choice("merge", merge, MERGES)
+    if scale is not None:
+        validation.scalar("scale", scale)
 
 
 @partial(jax.jit, static_argnames=("topk", "merge", "implementation"))
@@ -121,10 +143,10 @@ def _attend(
     value: Float[Array, "*B S K V"],
     bias: Float[Array, "*#B #N 1 S"] | None,
     mask: Bool[Array, "*#B #N 1 S"] | None,
-    clusters: Clusters,
-    scale: float | Float[Array, ""],
     query_seq_lengths: Int[Array, "*B"] | None,
     key_value_seq_lengths: Int[Array, "*B"] | None,
+    clusters: Clusters,
+    scale: float | Float[Array, ""],
     *,
     topk: int,
     merge: str,
@@ -133,7 +155,7 @@ def _attend(
     """Makes the arguments canonical for the implementations.
 
     They get one batch axis; validity and bias of keys, None or of full shape; keys and values that
-    hold zeros where they do not count; clusters that leave padded queries out.
+    hold zeros where they do not count; int32 clusters that leave padded queries out.
     """
     *batch, length, num_heads, _ = query.shape
     num_keys, value_dim = value.shape[-3], value.shape[-1]
@@ -150,6 +172,7 @@ def _attend(
         bias = bias if valid is None else jnp.where(valid, bias, 0)
     if query_seq_lengths is not None:
         clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
+    clusters = Clusters(*(x.astype(jnp.int32) for x in clusters))
     out = _ATTEND[implementation](
         query.reshape(-1, *query.shape[-3:]),
         key.reshape(-1, *key.shape[-3:]),
@@ -239,15 +262,13 @@ def clustered_attention(
     >>> out.shape
     (2, 512, 4, 16)
     """
-    if is_causal:
-        raise NotImplementedError(
-            "is_causal=True is not supported: queries share the centroid and the top-k keys of "
-            "their cluster, so later positions would leak into earlier ones; use exact attention "
-            "where it has to be causal."
-        )
+    validation.not_causal(is_causal)
     validation.choice("space", space, SPACES)
-    query, key = validation.query_key(query, key)
-    about_keys = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
+    _check_settings(topk, merge, scale)
+    query, key, value, bias, mask, *_ = _checked_arrays(
+        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
+    )
+    about_keys: dict[str, Any] = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
     clusters = cluster_queries(
         query,
         key if space == "logit" else None,

@@ -1,16 +1,21 @@
 """Clustered attention as one object that holds its settings: the ``attention_fn`` of a model."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from clustax import implementations, validation
-from clustax.attention import MERGES, SPACES, clustered_attention
-from clustax.clustering import METRICS
+from clustax.attention import MERGES, SPACES, attend, clustered_attention
+from clustax.clustering import METRICS, Clusters, cluster_queries
+
+ATTENDING = ("topk", "merge", "scale")
+CLUSTERING = ("num_clusters", "num_bits", "num_iterations", "metric", "implementation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +25,9 @@ class ClusteredAttention:
     It can stand for ``jax.nn.dot_product_attention``, and be the ``attention_fn`` of
     ``flax.nnx.MultiHeadAttention`` and ``flax.linen.MultiHeadDotProductAttention``. Objects of
     equal settings are equal and have equal hashes, so they share compiled programs.
+
+    Clusters can be shared: a call takes those of :meth:`cluster`, or any other of its queries, as
+    ``clusters``. They may be of M heads, where M divides N: each serves N / M consecutive heads.
 
     Attributes:
       num_clusters, topk, merge, scale, num_bits, num_iterations, metric, space, implementation: as
@@ -35,6 +43,13 @@ class ClusteredAttention:
     >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 512, 4, 16))
     >>> attention(query, key, value, key_value_seq_lengths=jnp.array([512, 300])).shape
     (2, 512, 4, 16)
+
+    Tokens may be clustered once by what they are, instead of by their queries in every head:
+
+    >>> tokens = jax.random.normal(jax.random.key(1), (2, 512, 1, 64))  # N = 1
+    >>> clusters = attention.cluster(tokens, tokens)
+    >>> attention(query, key, value, clusters=clusters).shape
+    (2, 512, 4, 16)
     """
 
     num_clusters: int = 100
@@ -49,16 +64,35 @@ class ClusteredAttention:
     implementation: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
-        for name, minimum in {
-            "num_clusters": 1,
-            "topk": 0,
-            "num_bits": 1,
-            "num_iterations": 1,
-        }.items():
-            validation.at_least(name, getattr(self, name), minimum)
+        for name in ("num_clusters", "num_bits", "num_iterations"):
+            validation.at_least(name, getattr(self, name), 1)
+        validation.at_least("topk", self.topk, 0)
         for name, choices in {"merge": MERGES, "metric": METRICS, "space": SPACES}.items():
             validation.choice(name, getattr(self, name), choices)
         implementations.choose(self.implementation)
+
+    def cluster(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B S K H"],
+        mask: Array | None = None,
+        *,
+        query_seq_lengths: Int[Array, "*B"] | None = None,
+        key_value_seq_lengths: Int[Array, "*B"] | None = None,
+    ) -> Clusters:
+        """Finds the clusters that a call with these arguments uses; see :meth:`__call__`."""
+        query, key = _promoted(None, query, key)
+        about_keys: dict[str, Any] = {
+            "key": key,
+            "mask": _as_bool(mask),
+            "key_value_seq_lengths": key_value_seq_lengths,
+        }
+        return cluster_queries(
+            query,
+            query_seq_lengths=query_seq_lengths,
+            **self._clustering(),
+            **(about_keys if self.space == "logit" else {}),
+        )
 
     def __call__(
         self,
@@ -68,17 +102,19 @@ class ClusteredAttention:
         bias: Float[Array, "*#B #N 1 S"] | None = None,
         mask: Array | None = None,
         *,
+        clusters: Clusters | None = None,
         query_seq_lengths: Int[Array, "*B"] | None = None,
         key_value_seq_lengths: Int[Array, "*B"] | None = None,
         is_causal: bool = False,
-        dtype: jnp.dtype | None = None,
+        dtype: Any = None,
+        precision: str | lax.Precision | None = None,
         deterministic: bool = True,
         dropout_rate: float = 0.0,
         dropout_rng: Array | None = None,
         broadcast_dropout: bool = True,
-        precision: Any = None,
-        module: Any = None,
         force_fp32_for_softmax: bool = False,
+        module: Any = None,
+        input_positions: Array | None = None,
         qk_attn_weights_einsum: Callable | None = None,
         attn_weights_value_einsum: Callable | None = None,
     ) -> Float[Array, "*B T N V"]:
@@ -87,54 +123,100 @@ class ClusteredAttention:
         Args:
           query, key, value, bias, query_seq_lengths, key_value_seq_lengths: as there.
           mask: as there, or the same in another dtype, as Flax makes masks.
+          clusters: the clusters of the queries; they are found if None.
           is_causal: must be False, unless there is one query, as in decoding: its mask says what it
-          sees.
-          dtype: what query, key, and value are converted to first, if not None.
+            sees.
+          dtype: what query, key, and value are converted to first; their common dtype if None.
+          precision: that of the products in attention, a name or a ``jax.lax.Precision``; that of
+            ``jax.default_matmul_precision`` if None. Clustering has its own.
           deterministic, dropout_rate: dropout of attention weights is not supported: either
             ``deterministic`` or a rate of 0 is needed.
           dropout_rng, broadcast_dropout, force_fp32_for_softmax: without effect, as there is no
-          dropout and the
-            softmax is always in at least float32.
-          precision, module, qk_attn_weights_einsum, attn_weights_value_einsum: must be None. They
-          are what
-            Flax passes to set the precision, to sow attention weights, and to quantise.
+            dropout and the softmax is always in at least float32.
+          module, input_positions, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
+            They are what Flax passes to sow attention weights, to rotate queries and keys, and to
+            quantise.
 
         Returns:
-          The attended values, in the dtype of ``query`` (or ``dtype``).
+          The attended values, in that dtype.
 
         Raises:
           ValueError: if an argument is not as above.
           NotImplementedError: if a setting of Flax is not supported.
         """
+        validation.not_causal(is_causal and jnp.shape(query)[-3] > 1)
         if dropout_rate > 0 and not deterministic:
             raise NotImplementedError(
                 f"dropout_rate={dropout_rate} is not supported in clustered attention; build the "
                 "module with dropout_rate=0, and drop out its output instead."
             )
         unsupported = {
-            "precision": precision,
-            "module": module,
-            "qk_attn_weights_einsum": qk_attn_weights_einsum,
-            "attn_weights_value_einsum": attn_weights_value_einsum,
+            "module": (module, "there are no attention weights to sow: leave sow_weights at False"),
+            "input_positions": (input_positions, "rotate queries and keys before attention"),
+            "qk_attn_weights_einsum": (qk_attn_weights_einsum, "leave it at None"),
+            "attn_weights_value_einsum": (attn_weights_value_einsum, "leave it at None"),
         }
-        for name, given in unsupported.items():
+        for name, (given, instead) in unsupported.items():
             if given is not None:
                 raise NotImplementedError(
-                    f"{name} is not supported in clustered attention, got {given!r}; leave it at "
-                    "None (for the precision of products use jax.default_matmul_precision)."
+                    f"{name} is not supported in clustered attention, got one of type "
+                    f"{type(given).__name__}; {instead}."
                 )
-        if dtype is not None:
-            query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return clustered_attention(
-            query,
-            key,
-            value,
-            bias,
-            None if mask is None else jnp.asarray(mask, bool),
-            is_causal=is_causal and jnp.shape(query)[-3] > 1,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            rng=jax.random.key(settings.pop("seed")),
-            **settings,
+        query, key, value = _promoted(dtype, query, key, value)
+        arguments = (query, key, value, bias, _as_bool(mask))
+        lengths: dict[str, Any] = {
+            "query_seq_lengths": query_seq_lengths,
+            "key_value_seq_lengths": key_value_seq_lengths,
+        }
+        attending = {name: getattr(self, name) for name in ATTENDING}
+        with _matmul_precision(precision):
+            if clusters is None:
+                return clustered_attention(
+                    *arguments, **self._clustering(), **attending, **lengths, space=self.space
+                )
+            clusters = _of_heads(clusters, query.shape[-2])
+            return attend(
+                *arguments,
+                clusters=clusters,
+                implementation=self.implementation,
+                **attending,
+                **lengths,
+            )
+
+    def _clustering(self) -> dict[str, Any]:
+        settings = {name: getattr(self, name) for name in CLUSTERING}
+        return settings | {"rng": jax.random.key(self.seed)}
+
+
+def _promoted(dtype: Any, *arrays: Array) -> tuple[Array, ...]:
+    """The arrays in this dtype; in their common one if None."""
+    dtype = jnp.result_type(*arrays) if dtype is None else dtype
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def _as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
+    return None if mask is None else jnp.asarray(mask, bool)
+
+
+def _of_heads(clusters: Clusters, num_heads: int) -> Clusters:
+    """Clusters for all heads, where those of one serve several; others are left to be checked."""
+    heads = clusters.assignment.shape[-2] if isinstance(clusters, Clusters) else num_heads
+    if num_heads % heads:
+        return clusters
+    return jax.tree.map(lambda x: jnp.repeat(x, num_heads // heads, axis=-2), clusters)
+
+
+def _matmul_precision(
+    precision: str | lax.Precision | None,
+) -> contextlib.AbstractContextManager:
+    """A context in which products have this precision."""
+    if precision is None:
+        return contextlib.nullcontext()
+    if isinstance(precision, lax.Precision):
+        precision = precision.name.lower()
+    if not isinstance(precision, str):
+        raise NotImplementedError(
+            f"precision={precision!r} is not supported in clustered attention; pass one name or "
+            "jax.lax.Precision for all products."
         )
+    return jax.default_matmul_precision(precision)

@@ -77,17 +77,16 @@ def cluster_codes(
     """
     validation.at_least("num_bits", num_bits, 1)
     codes = validation.codes("codes", codes, num_bits, lsh.num_words(num_bits))
-    return _kmeans(
-        codes,
-        metric="hamming",
+    settings = _checked_settings(
+        codes.shape[:-3],
         num_clusters=num_clusters,
         num_iterations=num_iterations,
         rng=rng,
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        num_bits=num_bits,
     )
+    return _run_kmeans(codes, metric="hamming", num_bits=num_bits, **settings)
 
 
 def cluster_queries(
@@ -152,45 +151,45 @@ def cluster_queries(
     Array(True, dtype=bool)
     """
     validation.choice("metric", metric, METRICS)
-    if planes is not None and metric != "hamming":
-        raise ValueError(f"planes are for metric='hamming', got metric={metric!r}; leave them out.")
-    rng = validation.rng_key("rng", rng)
+    validation.at_least("num_bits", num_bits, 1)
     if key is None:
         query = validation.floating("query", query, "*B T N H")
-        for name, given in {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}.items():
+        about_keys = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
+        for name, given in about_keys.items():
             if given is not None:
                 raise ValueError(
-                    f"{name} is about keys, got one without key; pass key or leave it out."
+                    f"{name} is about keys, got it without key; pass key or leave it out."
                 )
     else:
         query, key = validation.query_key(query, key)
-    batch = query.shape[:-3]
-    query_seq_lengths = validation.lengths("query_seq_lengths", query_seq_lengths, batch)
-    if key is not None:
-        num_keys = key.shape[-3]
-        key_lengths = validation.lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
-        mask = validation.of_keys("mask", mask, query, num_keys)
-        query = _to_logit_space(
-            query,
-            key,
-            query_seq_lengths,
-            masks.valid_keys(mask, None, key_lengths, num_keys),
+        mask = validation.of_keys("mask", mask, query, key.shape[-3])
+        key_value_seq_lengths = validation.lengths(
+            "key_value_seq_lengths", key_value_seq_lengths, query.shape[:-3]
         )
-    planes_rng, start_rng = jax.random.split(rng)
-    settings = {
-        "num_clusters": num_clusters,
-        "num_iterations": num_iterations,
-        "rng": start_rng,
-        "initial_positions": initial_positions,
-        "query_seq_lengths": query_seq_lengths,
-        "implementation": implementation,
-    }
-    if metric == "hamming":
-        if planes is None:
-            planes = lsh.hash_planes(planes_rng, num_bits=num_bits, head_dim=query.shape[-1])
-        codes = lsh.hash_codes(query, planes)
-        return cluster_codes(codes, num_bits=len(planes), **settings)
-    return _kmeans(jnp.swapaxes(query, -3, -2), metric="euclidean", **settings)
+    settings = _checked_settings(
+        query.shape[:-3],
+        num_clusters=num_clusters,
+        num_iterations=num_iterations,
+        rng=rng,
+        initial_positions=initial_positions,
+        query_seq_lengths=query_seq_lengths,
+        implementation=implementation,
+    )
+    planes_rng, settings["rng"] = jax.random.split(settings["rng"])
+    if metric != "hamming" and planes is not None:
+        raise ValueError(f"planes are for metric='hamming', got metric={metric!r}; leave them out.")
+    if metric == "hamming" and planes is None:
+        planes = lsh.hash_planes(planes_rng, num_bits=num_bits, head_dim=query.shape[-1])
+    elif planes is not None:
+        planes = validation.planes("planes", planes, query.shape[-1])
+
+    if key is not None:
+        valid_keys = masks.valid_keys(mask, None, key_value_seq_lengths, key.shape[-3])
+        query = _to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
+    if planes is None:
+        return _run_kmeans(jnp.swapaxes(query, -3, -2), metric=metric, **settings)
+    codes = lsh.hash_codes(query, planes)
+    return _run_kmeans(codes, metric=metric, num_bits=len(planes), **settings)
 
 
 @jax.jit
@@ -241,30 +240,29 @@ def _to_logit_space(
     return jnp.swapaxes(out.reshape(len(query), num_heads, length, head_dim), 1, 2).reshape(shape)
 
 
-def _kmeans(
-    points: UInt32[Array, "*B N T W"] | Float[Array, "*B N T H"],
+def _checked_settings(
+    batch: tuple[int, ...],
     *,
+    num_clusters: int,
+    num_iterations: int,
     rng: Array | None,
     initial_positions: Int[Array, " C"] | None,
     query_seq_lengths: Int[Array, "*B"] | None,
-    num_clusters: int,
-    num_iterations: int,
     implementation: str | Sequence[str] | None,
-    **settings: Any,
-) -> Clusters:
-    """Checks what every metric needs, and clusters."""
+) -> dict[str, Any]:
+    """Checks the settings of K-means, of either metric."""
     validation.at_least("num_clusters", num_clusters, 1)
     validation.at_least("num_iterations", num_iterations, 1)
-    return _run_kmeans(
-        points,
-        validation.rng_key("rng", rng),
-        validation.positions("initial_positions", initial_positions, num_clusters),
-        validation.lengths("query_seq_lengths", query_seq_lengths, points.shape[:-3]),
-        num_clusters=num_clusters,
-        num_iterations=num_iterations,
-        implementation=implementations.choose(implementation).name,
-        **settings,
-    )
+    return {
+        "num_clusters": num_clusters,
+        "num_iterations": num_iterations,
+        "rng": validation.rng_key("rng", rng),
+        "initial_positions": validation.positions(
+            "initial_positions", initial_positions, num_clusters
+        ),
+        "query_seq_lengths": validation.lengths("query_seq_lengths", query_seq_lengths, batch),
+        "implementation": implementations.choose(implementation).name,
+    }
 
 
 @partial(

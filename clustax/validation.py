@@ -28,11 +28,20 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def scalar(name: str, value: Any) -> float | Array:
+def not_causal(is_causal: bool) -> None:
+    """Refuses causal attention."""
+    if is_causal:
+        raise NotImplementedError(
+            "is_causal=True is not supported: queries share the centroid and the top-k keys of "
+            "their cluster, so later positions would leak into earlier ones; use exact attention "
+            "where it has to be causal."
+        )
+
+
+def scalar(name: str, value: Any) -> None:
     """Checks a number, which may be traced."""
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(value)}.")
-    return value
 
 
 def rng_key(name: str, rng: Any) -> Array:

@@ -17,6 +17,9 @@ from clustax.heads import map_heads
 # Stands for -inf in the logits of masked keys. It is finite so that no difference of two is NaN.
 # Masked values are zero, so a query without keys gets zeros whatever its weights are.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
+LOWEST_BIAS = 0.5 * float(
+    jnp.finfo(jnp.float32).min
+)  # leaves the keys that have it above masked ones
 
 
 class Keys(NamedTuple):
@@ -62,6 +65,9 @@ def attend(
 
     def grouped(x):  # B N … -> B K G …: G query heads share a key head
         return None if x is None else x.reshape(batch, num_key_heads, -1, *x.shape[2:])
+
+    if bias is not None:
+        bias = bias + lax.stop_gradient(jnp.maximum(bias, LOWEST_BIAS) - bias)
 
     def attend_group(query, key, value, bias, valid, assignment, counts):
         def head(query, bias, valid, assignment, counts):
@@ -124,10 +130,10 @@ def tile_queries(assignment: Int[Array, " T"], counts: Int[Array, " C"]) -> Tile
     num_tiles = (num_queries + num_clusters * (size - 1)) // size
 
     tiles = -(-counts // size)
-    last_tiles = jnp.cumsum(tiles)
-    cluster = jnp.searchsorted(last_tiles, jnp.arange(num_tiles), side="right")
+    tile_ends, ends = jnp.cumsum(tiles, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)
+    cluster = jnp.searchsorted(tile_ends, jnp.arange(num_tiles), side="right")
     # What separates the slots of a cluster from the places of its queries in the sorted sequence.
-    shift = size * (last_tiles - tiles) - (jnp.cumsum(counts) - counts)
+    shift = size * (tile_ends - tiles) - (ends - counts)
 
     positions = jnp.arange(num_queries, dtype=jnp.int32)
     if (num_clusters + 1) * num_queries < 2**31:  # one sort of cluster and position in one number
@@ -138,7 +144,9 @@ def tile_queries(assignment: Int[Array, " T"], counts: Int[Array, " C"]) -> Tile
         sorted_cluster, order = lax.sort((assignment.astype(jnp.int32), positions), num_keys=1)
     padded = sorted_cluster == num_clusters
     sorted_slot = jnp.where(padded, num_tiles * size, positions + shift[sorted_cluster])
-    query = jnp.full(num_tiles * size, num_queries).at[sorted_slot].set(order, mode="drop")
+    query = (
+        jnp.full(num_tiles * size, num_queries, jnp.int32).at[sorted_slot].set(order, mode="drop")
+    )
     return Tiles(
         cluster=jnp.minimum(cluster, num_clusters - 1),  # an unused tile may be of any cluster
         query=query.reshape(num_tiles, size),
@@ -224,7 +232,8 @@ def stable_topk(x: Float[Array, "C S"], k: int) -> tuple[Float[Array, "C k"], In
     block = 1 << max(0, round(math.log2(math.sqrt(length / k))))
     num_blocks = -(-length // block)
     if 8 * (num_blocks + k * block) > length:
-        return tuple(lax.top_k(x, k))
+        values, index = lax.top_k(x, k)
+        return values, index
     padding = ((0, 0), (0, num_blocks * block - length))
     blocks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(rows, num_blocks, block)
     # In the order of the sequence, so that ties still go to the lowest index.

@@ -1,0 +1,1 @@
+"""Tests of clustax, which mirror the package."""

@@ -1,0 +1,52 @@
+"""What all tests share: compiler flags, checks of annotations, implementations under test."""
+
+import os
+
+# The tests spend most of their time compiling, and their programs are too small to gain from LLVM's
+# optimisation. `XLA_FLAGS= python -m pytest` runs them optimised.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+from jaxtyping import install_import_hook
+
+# Inner functions must get the shapes and dtypes that they say they take. Public ones are not held
+# to that: callers have to see their own messages. This has to precede any import of clustax.
+CHECKED = ("xla", "reference", "kmeans", "masks", "heads")
+install_import_hook([f"clustax.{name}" for name in CHECKED], "beartype.beartype")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+IMPLEMENTATIONS = ("xla", "reference")
+
+hypothesis.settings.register_profile(
+    "clustax",
+    deadline=None,
+    derandomize=True,
+    max_examples=15,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,  # none of ours is changed by a test
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("clustax")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Each implementation under test."""
+    return request.param
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Lets the CPU run the branches of programs that accelerators run."""
+
+    def take_default(*args, default, **_):
+        return default(*args)
+
+    jax.clear_caches()  # what was traced before has the branch of the CPU
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", take_default)
+        yield
+    jax.clear_caches()

@@ -1,0 +1,85 @@
+"""What several test files do: evaluate a case with all its gradients, and compare."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import clustax
+from tests.cases import Inputs
+
+
+class Gradients(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    scale: jax.Array
+
+
+def attend(inputs: Inputs, **settings) -> jax.Array:
+    """``clustax.attend`` of all the inputs."""
+    return clustax.attend(
+        *inputs[:5],
+        query_seq_lengths=inputs.query_seq_lengths,
+        key_value_seq_lengths=inputs.key_value_seq_lengths,
+        **settings,
+    )
+
+
+@partial(jax.jit, static_argnames=("settings", "implementation"))
+def outputs_and_gradients(inputs: Inputs, clusters, cotangent, scale, *, settings, implementation):
+    """The outputs of ``attend``, and the gradients of their product with ``cotangent``.
+
+    This is done for several settings, pairs of topk and merge, in one program: XLA shares what they
+    have in common, which takes half the time to compile.
+    """
+
+    def of(topk, merge):
+        def outputs(query, key, value, bias, scale):
+            return attend(
+                inputs._replace(query=query, key=key, value=value, bias=bias),
+                clusters=clusters,
+                topk=topk,
+                merge=merge,
+                scale=scale,
+                implementation=implementation,
+            )
+
+        out, vjp = jax.vjp(outputs, *inputs[:4], scale)
+        return out, Gradients(*vjp(cotangent))
+
+    return [of(*setting) for setting in settings]
+
+
+def random_like_output(inputs: Inputs, seed: int = 1) -> jax.Array:
+    """A random array of the shape and dtype of the outputs."""
+    shape = (*inputs.query.shape[:-1], inputs.value.shape[-1])
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), inputs.query.dtype)
+
+
+def double(tree):
+    """Float64 in place of any floating dtype; only where x64 is enabled."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def as_numpy(tree):
+    """Float64 NumPy copies, so that nothing that comes after is rounded."""
+
+    def copy(x):
+        x = np.asarray(x)
+        return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(copy, tree)
+
+
+def largest_error(actual, expected) -> float:
+    """The largest difference, relative to the largest magnitude that is expected, or to 0.1."""
+    actual, expected = as_numpy((actual, expected))
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 0.1))
