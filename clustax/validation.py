@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 
 def at_least(name: str, value: Any, minimum: int) -> None:
     """Checks an integer setting."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or hasattr(value, "shape"):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(
             f"{name} must be a Python int, got {value!r}; it decides shapes, so it cannot be an "
             "array: under jax.jit mark it as a static argument."

