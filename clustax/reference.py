@@ -63,6 +63,8 @@ def attend(
     centroid_logits = logits(centroids)  # B N C S
     centroid_weights = softmax(centroid_logits, keys)  # B N C S
 
+    # 5. Plain clustered attention has these weights for all queries of a cluster: topk is 0.
+
     # 6. The top-k keys of each cluster.
     ranked = lax.stop_gradient(jnp.where(keys, centroid_logits, -jnp.inf))
     index = lax.top_k(ranked, topk)[1]  # B N C k

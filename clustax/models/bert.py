@@ -5,7 +5,7 @@ Shapes: B batch, T length, D hidden size, N heads, H head dim.
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-AttentionFn = Callable[..., Float[Array, "B T N H"]]
-"""Called as `jax.nn.dot_product_attention` is: query, key, value, then keywords for the lengths."""
+from clustax.models.common import AttentionFn, layer_norm, one_per_layer
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class BertEmbeddings(nnx.Module):
         self.word = nnx.Embed(config.vocab_size, size, rngs=rngs)
         self.position = nnx.Embed(config.max_position_embeddings, size, rngs=rngs)
         self.token_type = nnx.Embed(config.type_vocab_size, size, rngs=rngs)
-        self.norm = _layer_norm(config, rngs)
+        self.norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
 
     def __call__(
         self, tokens: Int[Array, "B T"], token_types: Int[Array, "B T"] | None
@@ -111,10 +110,10 @@ class BertLayer(nnx.Module):
         self.key = nnx.Linear(size, size, rngs=rngs)
         self.value = nnx.Linear(size, size, rngs=rngs)
         self.attention_output = nnx.Linear(size, size, rngs=rngs)
-        self.attention_norm = _layer_norm(config, rngs)
+        self.attention_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         self.intermediate = nnx.Linear(size, inner, rngs=rngs)
         self.output = nnx.Linear(inner, size, rngs=rngs)
-        self.norm = _layer_norm(config, rngs)
+        self.norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
 
     def project(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], ...]:
         """Returns query, key and value."""
@@ -160,7 +159,7 @@ class Bert(nnx.Module):
             rngs: for the weights.
         """
         self.config = config
-        self.attention_fns = _one_per_layer(attention_fn, config.num_hidden_layers)
+        self.attention_fns = one_per_layer(attention_fn, config.num_hidden_layers)
         self.embeddings = BertEmbeddings(config, rngs=rngs)
         self.layers = nnx.List(
             [BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
@@ -203,7 +202,7 @@ class Bert(nnx.Module):
             attention_fn: as for `Bert`.
         """
         other = nnx.merge(*nnx.split(self))
-        other.attention_fns = _one_per_layer(attention_fn, self.config.num_hidden_layers)
+        other.attention_fns = one_per_layer(attention_fn, self.config.num_hidden_layers)
         return other
 
     def _encode(self, tokens, lengths, token_types, num_layers: int) -> Float[Array, "B T D"]:
@@ -313,23 +312,3 @@ _MODULES = {
         "norm": "output.LayerNorm",
     },
 }
-
-
-def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x²] - E[x]², loses digits to cancellation.
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-    )
-
-
-def _one_per_layer(
-    attention_fn: AttentionFn | Sequence[AttentionFn], num_layers: int
-) -> tuple[AttentionFn, ...]:
-    if callable(attention_fn):
-        return (attention_fn,) * num_layers
-    if len(attention_fn) != num_layers:
-        raise ValueError(
-            f"attention_fn must be one callable or a sequence of num_hidden_layers={num_layers}, "
-            f"got {len(attention_fn)}."
-        )
-    return tuple(attention_fn)

@@ -4,7 +4,7 @@ Shapes: B batch, M mel bins, F frames of 10 ms, S positions of the encoder, T to
 the prompt, D model size, N heads, H head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clustax.models import whisper_files
+from clustax.models.common import AttentionFn, layer_norm, one_per_layer
 
-AttentionFn = Callable[..., Float[Array, "B S N H"]]
-"""Called as `jax.nn.dot_product_attention` is: query, key, value."""
+NORM_EPSILON = 1e-5
 
 _exact_attention = jax.nn.dot_product_attention
 
@@ -110,7 +110,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, size: int, inner: int, *, rngs: nnx.Rngs):
         """Creates random weights."""
-        self.norm = _layer_norm(size, rngs)
+        self.norm = layer_norm(size, NORM_EPSILON, rngs)
         self.intermediate = nnx.Linear(size, inner, rngs=rngs)
         self.output = nnx.Linear(inner, size, rngs=rngs)
 
@@ -125,7 +125,7 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, size: int, num_heads: int, inner: int, *, rngs: nnx.Rngs):
         """Creates random weights."""
-        self.attention_norm = _layer_norm(size, rngs)
+        self.attention_norm = layer_norm(size, NORM_EPSILON, rngs)
         self.attention = Attention(size, num_heads, rngs=rngs)
         self.feed_forward = FeedForward(size, inner, rngs=rngs)
 
@@ -143,9 +143,9 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, size: int, num_heads: int, inner: int, *, rngs: nnx.Rngs):
         """Creates random weights."""
-        self.attention_norm = _layer_norm(size, rngs)
+        self.attention_norm = layer_norm(size, NORM_EPSILON, rngs)
         self.attention = Attention(size, num_heads, rngs=rngs)
-        self.cross_norm = _layer_norm(size, rngs)
+        self.cross_norm = layer_norm(size, NORM_EPSILON, rngs)
         self.cross_attention = Attention(size, num_heads, rngs=rngs)
         self.feed_forward = FeedForward(size, inner, rngs=rngs)
 
@@ -198,7 +198,7 @@ class Encoder(nnx.Module):
                 for _ in range(config.encoder_layers)
             ]
         )
-        self.norm = _layer_norm(size, rngs)
+        self.norm = layer_norm(size, NORM_EPSILON, rngs)
 
     def __call__(
         self, mel: Float[Array, "B M F"], attention_fns: Sequence[AttentionFn]
@@ -231,7 +231,7 @@ class Decoder(nnx.Module):
                 for _ in range(config.decoder_layers)
             ]
         )
-        self.norm = _layer_norm(size, rngs)
+        self.norm = layer_norm(size, NORM_EPSILON, rngs)
 
     def read(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Returns each layer's keys and values of the encoder's hidden states."""
@@ -296,7 +296,7 @@ class Whisper(nnx.Module):
             rngs: for the weights.
         """
         self.config = config
-        self.attention_fns = _one_per_layer(attention_fn, config.encoder_layers)
+        self.attention_fns = one_per_layer(attention_fn, config.encoder_layers)
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
@@ -369,7 +369,7 @@ class Whisper(nnx.Module):
             attention_fn: as for `Whisper`.
         """
         other = nnx.merge(*nnx.split(self))
-        other.attention_fns = _one_per_layer(attention_fn, self.config.encoder_layers)
+        other.attention_fns = one_per_layer(attention_fn, self.config.encoder_layers)
         return other
 
     def _check_length(self, length: int, found: str) -> None:
@@ -468,25 +468,7 @@ def load(
     return whisper
 
 
-def _layer_norm(size: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x²] - E[x]², loses digits to cancellation.
-    return nnx.LayerNorm(size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
 def _sinusoids(length: int, size: int) -> Float[Array, "S D"]:
     frequencies = jnp.exp(-jnp.log(10_000) * jnp.linspace(0, 1, size // 2))
     angles = jnp.arange(length)[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
-
-
-def _one_per_layer(
-    attention_fn: AttentionFn | Sequence[AttentionFn], num_layers: int
-) -> tuple[AttentionFn, ...]:
-    if callable(attention_fn):
-        return (attention_fn,) * num_layers
-    if len(attention_fn) != num_layers:
-        raise ValueError(
-            f"attention_fn must be one callable or a sequence of encoder_layers={num_layers}, "
-            f"got {len(attention_fn)}."
-        )
-    return tuple(attention_fn)

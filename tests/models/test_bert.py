@@ -280,7 +280,7 @@ def test_models_that_are_not_served_are_refused(folder, name, value):
 def test_callers_mistakes():
     with pytest.raises(ValueError, match=r"num_attention_heads, got 10 and 3"):
         BertConfig(hidden_size=10, num_attention_heads=3)
-    with pytest.raises(ValueError, match=r"num_hidden_layers=2, got 3"):
+    with pytest.raises(ValueError, match="one per layer, here 2, got 3"):
         Bert(CONFIG, attention_fn=[mean_of_values] * 3, rngs=nnx.Rngs(0))
     bert = Bert(CONFIG, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"max_position_embeddings=10 .* \(1, 11\)"):

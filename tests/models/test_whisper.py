@@ -469,7 +469,7 @@ def test_models_that_are_not_served_are_refused(tmp_path, name, value):
 def test_callers_mistakes(whisper, tmp_path):
     with pytest.raises(ValueError, match="decoder_attention_heads, got 384 and 7"):
         WhisperConfig(decoder_attention_heads=7)
-    with pytest.raises(ValueError, match="encoder_layers=2, got 3"):
+    with pytest.raises(ValueError, match="one per layer, here 2, got 3"):
         whisper.with_attention([mean_of_values] * 3)
     mel, tokens = inputs(length=15)
     with pytest.raises(ValueError, match=r"\(B, 5, 14\), got \(2, 14, 5\): make it with"):
