@@ -285,7 +285,7 @@ def _run_kmeans(
     points = lax.stop_gradient(points).reshape(-1, num_heads, length, width)
     lengths = jnp.full(batch, length) if query_seq_lengths is None else query_seq_lengths
     lengths = jnp.broadcast_to(jnp.clip(lengths, 0, length).reshape(-1, 1), points.shape[:2])  # B N
-    valid = jnp.arange(length) < lengths[..., None]  # B N T
+    valid = masks.valid_positions(lengths, length)  # B N T
     if num_clusters >= length:  # each query is a cluster
         assignment = jnp.where(valid, jnp.arange(length, dtype=jnp.int32), length)
         counts = valid.astype(jnp.int32)

@@ -17,9 +17,8 @@ from clustax.heads import map_heads
 # Stands for -inf in the logits of masked keys. It is finite so that no difference of two is NaN.
 # Masked values are zero, so a query without keys gets zeros whatever its weights are.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
-LOWEST_BIAS = 0.5 * float(
-    jnp.finfo(jnp.float32).min
-)  # leaves the keys that have it above masked ones
+# Biases are raised to this, so that keys which count are never below those which do not.
+LOWEST_BIAS = 0.5 * float(jnp.finfo(jnp.float32).min)
 
 
 class Keys(NamedTuple):
@@ -144,9 +143,8 @@ def tile_queries(assignment: Int[Array, " T"], counts: Int[Array, " C"]) -> Tile
         sorted_cluster, order = lax.sort((assignment.astype(jnp.int32), positions), num_keys=1)
     padded = sorted_cluster == num_clusters
     sorted_slot = jnp.where(padded, num_tiles * size, positions + shift[sorted_cluster])
-    query = (
-        jnp.full(num_tiles * size, num_queries, jnp.int32).at[sorted_slot].set(order, mode="drop")
-    )
+    query = jnp.full(num_tiles * size, num_queries, jnp.int32)
+    query = query.at[sorted_slot].set(order, mode="drop")
     return Tiles(
         cluster=jnp.minimum(cluster, num_clusters - 1),  # an unused tile may be of any cluster
         query=query.reshape(num_tiles, size),

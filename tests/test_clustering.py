@@ -95,6 +95,18 @@ def test_cases_with_ties_and_empty_clusters_are_among_those():
     assert ties > 0
 
 
+def cluster_points(points, start, implementation):
+    return clustax.cluster_queries(
+        jnp.asarray(points).swapaxes(1, 2),
+        num_clusters=CLUSTERS,
+        num_iterations=4,
+        metric="euclidean",
+        initial_positions=jnp.asarray(start),
+        query_seq_lengths=jnp.asarray(LENGTHS),
+        implementation=implementation,
+    )
+
+
 @given(seed=SEEDS)
 def test_points_are_clustered_as_by_hand(implementation, seed):
     """Well separated points: their clusters do not hang on rounding."""
@@ -103,15 +115,7 @@ def test_points_are_clustered_as_by_hand(implementation, seed):
     points = centres[rng.integers(CLUSTERS, size=(BATCH, HEADS, LENGTH))]
     points = (points + rng.standard_normal(points.shape)).astype(np.float32)
     start = random_positions(seed)
-    clusters = clustax.cluster_queries(
-        jnp.asarray(points).swapaxes(1, 2),
-        num_clusters=CLUSTERS,
-        num_iterations=4,
-        metric="euclidean",
-        initial_positions=jnp.asarray(start),
-        query_seq_lengths=jnp.asarray(LENGTHS),
-        implementation=implementation,
-    )
+    clusters = cluster_points(points, start, implementation)
     expected = by_hand(points, start, num_iterations=4, majority=False)
     np.testing.assert_array_equal(clusters.assignment, expected)
     assert_counts(clusters)
@@ -120,15 +124,7 @@ def test_points_are_clustered_as_by_hand(implementation, seed):
 def test_random_points_are_clustered_as_well_as_by_hand(implementation):
     points = np.random.default_rng(0).standard_normal((BATCH, HEADS, LENGTH, 3)).astype(np.float32)
     start = random_positions(1)
-    clusters = clustax.cluster_queries(
-        jnp.asarray(points).swapaxes(1, 2),
-        num_clusters=CLUSTERS,
-        num_iterations=4,
-        metric="euclidean",
-        initial_positions=jnp.asarray(start),
-        query_seq_lengths=jnp.asarray(LENGTHS),
-        implementation=implementation,
-    )
+    clusters = cluster_points(points, start, implementation)
     expected = by_hand(points, start, num_iterations=4, majority=False)
     for entry, head in np.ndindex(BATCH, HEADS):
         cost, cost_by_hand = (

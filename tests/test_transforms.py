@@ -184,9 +184,10 @@ class TestClusteredAttention:
         for _ in range(3):
             jax.eval_shape(functools.partial(call, ClusteredAttention(**SETTINGS)), *qkv)
         assert len(traces) == 1
-        other = ClusteredAttention(**SETTINGS | {"topk": 0})
-        jax.eval_shape(functools.partial(call, other), *qkv)
-        assert len(traces) == 2
+        for number, change in enumerate(({"topk": 0}, {"seed": 1}), start=2):
+            other = ClusteredAttention(**SETTINGS | change)
+            jax.eval_shape(functools.partial(call, other), *qkv)
+            assert len(traces) == number
 
     @pytest.mark.parametrize(
         "changes",
