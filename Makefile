@@ -3,6 +3,8 @@
 #   make test     tests and the examples in the documentation
 #   make check    format, lint, types, and make test
 #   make scaling  time and memory against exact attention
+# Results go to results/. Those in the README are kept in experiments/results:
+#   make publish  measures them again there, and writes them into the README
 # PYTHON=python3.12 VENV=.venv-3.12 make test    does the same with another Python.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +19,7 @@ ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(installed)
 endif
 
-.PHONY: demo test check format scaling clean
+.PHONY: demo test check format scaling publish clean
 
 demo: $(installed)
 	$(python) -m experiments.pretrained_swap
@@ -37,6 +39,11 @@ format: $(installed)
 
 scaling: $(installed)
 	$(python) -m experiments.scaling
+
+publish: $(installed)
+	$(python) -m experiments.pretrained_swap --output experiments/results/pretrained_swap
+	$(python) -m experiments.scaling --output experiments/results/scaling
+	$(python) -m experiments.tables
 
 clean:
 	rm -rf $(VENV)

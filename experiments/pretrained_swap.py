@@ -81,7 +81,7 @@ class Settings:
     """Documents encoded at once."""
     seed: int = 0
     """Chooses the documents, the hash planes and the first centroids."""
-    output: Path = Path("experiments/results/pretrained_swap")
+    output: Path = Path("results/pretrained_swap")
     """Where the results go: this name with .json and with .png; earlier ones are overwritten."""
 
     def __post_init__(self) -> None:

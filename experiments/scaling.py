@@ -69,7 +69,7 @@ class Settings:
     gradient: bool = False
     longest_exact: int = 16384
     seed: int = 0
-    output: Path = Path("experiments/results/scaling")
+    output: Path = Path("results/scaling")
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
