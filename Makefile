@@ -5,6 +5,7 @@
 #   make scaling  time and memory against exact attention
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
+#                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
 # PYTHON=python3.12 VENV=.venv-3.12 make test    does the same with another Python.
 PYTHON ?= python3
 VENV ?= .venv
