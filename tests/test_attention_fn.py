@@ -11,7 +11,7 @@ import clustax
 from clustax import ClusteredAttention
 from tests.helpers import largest_error
 
-ATTENTION = ClusteredAttention(num_clusters=3, topk=2, num_bits=16, num_iterations=2)
+ATTENTION = ClusteredAttention.paper(num_clusters=3, topk=2, num_bits=16, num_iterations=2)
 QUERY, KEY, VALUE = (
     jax.random.normal(rng, (2, length, heads, 4))
     for rng, length, heads in zip(
