@@ -354,13 +354,31 @@ class Whisper(nnx.Module):
             ValueError: if there is no prompt or no token to make, or if both together are more than
                 the decoder has positions.
         """
-        if len(prompt) < 1 or max_tokens < 1:
-            raise ValueError(
-                f"prompt and max_tokens must be at least one token each, got {len(prompt)} and "
-                f"{max_tokens}: start with model.config.prompt."
-            )
-        self._check_length(len(prompt) + max_tokens, f"len(prompt)={len(prompt)} + {max_tokens=}")
+        self._check_decoding(prompt, max_tokens)
         return _transcribe(self, mel, jnp.asarray(prompt, jnp.int32), max_tokens)
+
+    def decode_tokens(
+        self,
+        hidden: Float[Array, "B S D"],
+        prompt: Sequence[int] | Int[Array, " P"],
+        max_tokens: int,
+    ) -> Int[Array, "B length"]:
+        """Transcribes what is already encoded, by a program that models of any attention share.
+
+        Args:
+            hidden: from `encode`.
+            prompt: as for `transcribe_tokens`.
+            max_tokens: as there.
+
+        Returns:
+            As there.
+
+        Raises:
+            ValueError: as there.
+        """
+        self._check_decoding(prompt, max_tokens)
+        prompt = jnp.asarray(prompt, jnp.int32)
+        return _compiled_decode(self.decoder, self.config, hidden, prompt, max_tokens)
 
     def with_attention(self, attention_fn: AttentionFn | Sequence[AttentionFn]) -> Self:
         """Returns a model that encodes with another attention and the very arrays of this one.
@@ -371,6 +389,14 @@ class Whisper(nnx.Module):
         other = nnx.merge(*nnx.split(self))
         other.attention_fns = one_per_layer(attention_fn, self.config.encoder_layers)
         return other
+
+    def _check_decoding(self, prompt: Sequence[int] | Int[Array, " P"], max_tokens: int) -> None:
+        if len(prompt) < 1 or max_tokens < 1:
+            raise ValueError(
+                f"prompt and max_tokens must be at least one token each, got {len(prompt)} and "
+                f"{max_tokens}: start with model.config.prompt."
+            )
+        self._check_length(len(prompt) + max_tokens, f"len(prompt)={len(prompt)} + {max_tokens=}")
 
     def _check_length(self, length: int, found: str) -> None:
         longest = self.config.max_target_positions
@@ -385,9 +411,18 @@ class Whisper(nnx.Module):
 def _transcribe(
     model: Whisper, mel: Float[Array, "B M F"], prompt: Int[Array, " P"], max_tokens: int
 ) -> Int[Array, "B length"]:
-    config, decoder = model.config, model.decoder
-    batch, end = mel.shape[0], config.eos_token_id
-    encoded = decoder.read(model.encode(mel))
+    return _decode(model.decoder, model.config, model.encode(mel), prompt, max_tokens)
+
+
+def _decode(
+    decoder: Decoder,
+    config: WhisperConfig,
+    hidden: Float[Array, "B S D"],
+    prompt: Int[Array, " P"],
+    max_tokens: int,
+) -> Int[Array, "B length"]:
+    batch, end = hidden.shape[0], config.eos_token_id
+    encoded = decoder.read(hidden)
 
     def advance(tokens, cache, position, suppressed):
         hidden, cache = decoder(tokens, encoded, cache, position)
@@ -414,6 +449,9 @@ def _transcribe(
     )
     tokens = jnp.full((batch, max_tokens), end, jnp.int32).at[:, 0].set(first)
     return jax.lax.while_loop(unfinished, step, (jnp.int32(1), tokens, cache))[1]
+
+
+_compiled_decode = nnx.jit(_decode, static_argnums=(1, 4))
 
 
 def load(

@@ -309,6 +309,8 @@ def test_cached_decoding_equals_decoding_anew(talkative):
         tokens = talkative.transcribe_tokens(mel, PROMPT, max_tokens=11)
         assert tokens.dtype == jnp.int32
         np.testing.assert_array_equal(tokens, decode_anew(talkative, mel, 11))
+        encoded = talkative.decode_tokens(talkative.encode(mel), PROMPT, max_tokens=11)
+        np.testing.assert_array_equal(encoded, tokens)
     alone = talkative.transcribe_tokens(mel[:1], jnp.array(PROMPT), max_tokens=5)
     np.testing.assert_array_equal(alone, tokens[:1, :5])
 
@@ -481,6 +483,8 @@ def test_callers_mistakes(whisper, tmp_path):
     for prompt, max_tokens in (((), 3), (PROMPT, 0)):
         with pytest.raises(ValueError, match="at least one token each"):
             whisper.transcribe_tokens(mel, prompt, max_tokens)
+        with pytest.raises(ValueError, match="at least one token each"):
+            whisper.decode_tokens(whisper.encode(mel), prompt, max_tokens)
     for path in (tmp_path / "nothing", tmp_path / "config.json"):
         with pytest.raises(FileNotFoundError, match=r"model.safetensors or a model.bin.*join"):
             load(path)
