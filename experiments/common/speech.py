@@ -2,20 +2,26 @@
 
 import gzip
 import io
+import itertools
 import re
+import time
 import unicodedata
 import wave
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
+import av
+import av.error
+import jax
 import jax.numpy as jnp
 import jiwer
 import numpy as np
+from flax import nnx
 from tokenizers import Tokenizer
 
 from clustax.models import Whisper, log_mel
-from clustax.models.audio import WINDOW_SAMPLES
+from clustax.models.audio import SAMPLE_RATE, WINDOW_SAMPLES
 from experiments.common.debian import (
     ASTERISK_SOUNDS,
     ASTERISK_TEXTS,
@@ -30,6 +36,10 @@ from experiments.common.packages import (
     cache_dir,
     extract,
 )
+
+
+class AudioError(ValueError):
+    """A recording cannot be read; the message says why."""
 
 
 class Clip(NamedTuple):
@@ -57,7 +67,7 @@ def asterisk_prompts() -> list[Clip]:
         spoken = re.sub(r"\[.*?\]|\(.*?\)", "", text).strip()
         sound = sounds.get(f"{name}.g722")  # One transcript has none.
         if spoken and sound:
-            clips.append(Clip(name, spoken, _decode_g722(sound)))
+            clips.append(Clip(name, spoken, _decode(io.BytesIO(sound), "g722")))
     return [clip for clip in clips if len(clip.audio) <= WINDOW_SAMPLES]
 
 
@@ -78,6 +88,26 @@ def pocketsphinx_clips() -> list[Clip]:
                 samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
             clips.append(Clip(name, text, _to_float(samples)))
     return clips
+
+
+def read_audio(path: Path) -> np.ndarray:
+    """Reads a recording of any kind that FFmpeg knows, as 16 kHz mono in -1..1.
+
+    Args:
+        path: the file; of a film, its first sound track is taken.
+
+    Raises:
+        AudioError: if there is no such file, or no sound in it; the message is one line.
+    """
+    if not path.is_file():
+        raise AudioError(f"There is no file {path}.")
+    try:
+        audio = _decode(path)
+    except av.error.FFmpegError as error:
+        raise AudioError(f"Cannot decode {path}: {error.strerror}.") from error
+    if not len(audio):
+        raise AudioError(f"There is no sound in {path}.")
+    return audio
 
 
 def whisper_folder(size: Literal["tiny.en", "base"]) -> Path:
@@ -111,32 +141,54 @@ def whisper_folder(size: Literal["tiny.en", "base"]) -> Path:
     return folder
 
 
-def transcribe(
-    whisper: Whisper,
-    tokenizer: Tokenizer,
-    audio: Sequence[np.ndarray],
-    *,
-    batch_size: int = 8,
-    max_tokens: int = 128,
-) -> list[str]:
-    """Transcribes pieces of English speech of at most 30 s.
+class Recognition(NamedTuple):
+    """What a Whisper makes of a batch of windows, and the seconds that it takes."""
+
+    hidden: np.ndarray  # (B, S, D), the encoder's states
+    texts: list[str]
+    endless: list[bool]  # Whether a text ran to the last token that it could have.
+    encoder_seconds: float
+    decoder_seconds: float
+
+
+def recognise(
+    whisper: Whisper, tokenizer: Tokenizer, mel: jax.Array, max_tokens: int
+) -> Recognition:
+    """Transcribes windows of English speech.
 
     Args:
         whisper: the model.
         tokenizer: the one that came with it.
-        audio: the pieces.
-        batch_size: how many at once; a last batch that is not full repeats pieces.
-        max_tokens: where to stop in each piece.
+        mel: from `log_mel`.
+        max_tokens: where to stop in each window.
     """
-    texts = []
-    for start in range(0, len(audio), batch_size):
-        pieces = audio[start : start + batch_size]
-        rows = np.resize(np.arange(len(pieces)), batch_size)
-        mel = jnp.stack([log_mel(piece) for piece in pieces])[rows]
-        tokens = whisper.transcribe_tokens(mel, whisper.config.prompt, max_tokens)
+    start = time.perf_counter()
+    hidden = _encode(whisper, mel).block_until_ready()
+    encoded = time.perf_counter()
+    tokens = np.asarray(whisper.decode_tokens(hidden, whisper.config.prompt, max_tokens))
+    decoded = time.perf_counter()
+    return Recognition(
+        hidden=np.asarray(hidden),
         # End-of-text is a special token, which the tokenizer leaves out.
-        texts += tokenizer.decode_batch(np.asarray(tokens)[: len(pieces)].tolist())
-    return [text.strip() for text in texts]
+        texts=[text.strip() for text in tokenizer.decode_batch(tokens.tolist())],
+        endless=(tokens != whisper.config.eos_token_id).all(1).tolist(),
+        encoder_seconds=encoded - start,
+        decoder_seconds=decoded - encoded,
+    )
+
+
+_encode = nnx.jit(Whisper.encode)
+
+
+def spectrograms(audio: Sequence[np.ndarray], batch_size: int) -> jax.Array:
+    """Returns a batch of windows, of which the last repeat the first if there are too few.
+
+    Args:
+        audio: at most `batch_size` pieces of at most 30 s.
+        batch_size: with one size of all batches, programs are compiled once.
+    """
+    mel = jnp.stack([log_mel(piece) for piece in audio])
+    return mel[np.resize(np.arange(len(audio)), batch_size)]
 
 
 class WordErrors(NamedTuple):
@@ -155,9 +207,35 @@ def count_word_errors(reference: str, hypothesis: str) -> WordErrors:
         reference: what was said.
         hypothesis: what was understood.
     """
-    found = jiwer.process_words(normalise(reference), normalise(hypothesis))
+    found = _align(reference, hypothesis)
     errors = found.substitutions + found.deletions + found.insertions
     return WordErrors(errors, found.substitutions + found.deletions + found.hits)
+
+
+def differing_words(reference: str, hypothesis: str) -> list[tuple[str, str]]:
+    """Lists what `count_word_errors` counts: words of the one text, and what the other has there.
+
+    >>> differing_words("One, two, three!", "one too three for")
+    [('two', 'too'), ('', 'for')]
+
+    Args:
+        reference: the one.
+        hypothesis: the other.
+    """
+    found = _align(reference, hypothesis)
+    ours, theirs = found.references[0], found.hypotheses[0]
+    return [
+        (
+            " ".join(ours[chunk.ref_start_idx : chunk.ref_end_idx]),
+            " ".join(theirs[chunk.hyp_start_idx : chunk.hyp_end_idx]),
+        )
+        for chunk in found.alignments[0]
+        if chunk.type != "equal"
+    ]
+
+
+def _align(reference: str, hypothesis: str) -> jiwer.WordOutput:
+    return jiwer.process_words(normalise(reference), normalise(hypothesis))
 
 
 def normalise(text: str) -> str:
@@ -220,12 +298,15 @@ def _spell(number: int, suffix: str | None) -> str:
     return " ".join([*others, last])
 
 
-def _decode_g722(encoded: bytes) -> np.ndarray:
-    import av
-
-    with av.open(io.BytesIO(encoded), "r", format="g722") as container:
-        frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-    return _to_float(np.concatenate(frames))
+def _decode(file: BinaryIO | Path, container_format: str | None = None) -> np.ndarray:
+    """Decodes the first audio stream of a file, if there is one, to 16 kHz mono."""
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+    pieces = [np.zeros(0, np.int16)]
+    with av.open(file, "r", format=container_format) as container:
+        frames = container.decode(audio=0) if container.streams.audio else ()
+        for frame in itertools.chain(frames, [None]):  # None: what the resampler held back.
+            pieces += [found.to_ndarray()[0] for found in resampler.resample(frame)]
+    return _to_float(np.concatenate(pieces))
 
 
 def _to_float(samples: np.ndarray) -> np.ndarray:

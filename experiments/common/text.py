@@ -1,5 +1,6 @@
 """Labelled documents, and their tokens in batches of one shape."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,33 @@ def read_documents(path: Path, min_words: int) -> list[Document]:
                 )
             documents.append(Document(*fields))
     return [document for document in documents if len(document.text.split()) > min_words]
+
+
+def read_reviews(path: Path, min_words: int) -> list[Document]:
+    """Reads IMDB's reviews of more than `min_words` words, each text once.
+
+    Args:
+        path: comma-separated, with the columns text, label and source.
+        min_words: shorter reviews, and this length, are left out.
+
+    Raises:
+        DocumentsError: if the file is not such a table.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        if table.fieldnames != ["text", "label", "source"]:
+            raise DocumentsError(
+                f"{path}: expected the columns text, label and source, found {table.fieldnames}. "
+                "Delete the file to have it unpacked again."
+            )
+        labels = {
+            row["text"].replace("<br />", " "): row["label"]
+            for row in table
+            if row["source"] == "imdb"
+        }
+    return [
+        Document(label, text) for text, label in labels.items() if len(text.split()) > min_words
+    ]
 
 
 def choose(documents: Sequence[Document], count: int, seed: int) -> list[Document]:

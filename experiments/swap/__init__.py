@@ -1,0 +1,1 @@
+"""The tasks of experiments.pretrained_swap."""
