@@ -1,5 +1,6 @@
 # Everything runs in an environment of its own, made when it is missing or stale:
-#   make demo     the main job on a real pretrained model
+#   make demo     the main job on a real pretrained model, and real documents
+#   make speech   the same on a speech recogniser, and real speech
 #   make test     tests and the examples in the documentation
 #   make check    format, lint, types, and make test
 #   make scaling  time and memory against exact attention
@@ -13,6 +14,8 @@ EXTRAS ?= dev
 
 python := $(VENV)/bin/python
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+swap := $(python) -m experiments.pretrained_swap
+results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
 
 # An environment whose interpreter has gone is stale, too.
@@ -20,10 +23,13 @@ ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(installed)
 endif
 
-.PHONY: demo test check format scaling publish clean
+.PHONY: demo speech test check format scaling publish clean
 
 demo: $(installed)
-	$(python) -m experiments.pretrained_swap
+	$(swap) text
+
+speech: $(installed)
+	$(swap) speech
 
 test: $(installed)
 	$(python) -m pytest -n auto
@@ -42,8 +48,11 @@ scaling: $(installed)
 	$(python) -m experiments.scaling
 
 publish: $(installed)
-	$(python) -m experiments.pretrained_swap --output experiments/results/pretrained_swap
-	$(python) -m experiments.scaling --output experiments/results/scaling
+	$(swap) text --output $(results)/pretrained_swap_text
+	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
+	$(swap) speech --output $(results)/pretrained_swap_speech
+	$(swap) speech --model base --prompts 64 --output $(results)/pretrained_swap_speech_base
+	$(python) -m experiments.scaling --output $(results)/scaling
 	$(python) -m experiments.tables
 
 clean:

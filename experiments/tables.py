@@ -20,8 +20,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
-def pretrained_swap(record: Mapping[str, Any]) -> str:
-    """The table of experiments.pretrained_swap."""
+def swap_text(record: Mapping[str, Any]) -> str:
+    """The table of experiments.pretrained_swap text."""
     header = (
         "attention",
         "C",
@@ -51,6 +51,45 @@ def pretrained_swap(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{caption}"
 
 
+def swap_speech(record: Mapping[str, Any]) -> str:
+    """The table of experiments.pretrained_swap speech."""
+    header = (
+        "attention",
+        "C",
+        "k",
+        "word errors",
+        "more than exact, points (95 % interval)",
+        "equal texts",
+        "endless",
+        "encoder cosine",
+        "encoder ms",
+        "decoder ms",
+    )
+    rows = []
+    for row in record["scores"]:
+        low, high = (100 * end for end in row["difference_interval"])
+        rows.append(
+            (
+                row["attention"],
+                *("" if row[size] is None else str(row[size]) for size in ("num_clusters", "topk")),
+                f"{row['word_error_rate']:.1%}",
+                f"{100 * row['difference']:+.1f} ({low:+.1f}, {high:+.1f})",
+                f"{row['equal_texts']:.1%}",
+                str(row["endless"]),
+                f"{row['encoder_cosine']:.3f}",
+                f"{1000 * row['encoder_seconds']:.0f}",
+                f"{1000 * row['decoder_seconds']:.0f}",
+            )
+        )
+    settings = record["settings"]
+    caption = (
+        f"Whisper {settings['model']}, {record['num_clips']} clips ({settings['clips']}) of "
+        f"{record['minutes']:.1f} minutes; medians for a clip, in batches of "
+        f"{settings['batch_size']}, on {record['device']}, jax {record['versions']['jax']}."
+    )
+    return f"{markdown_table(header, rows)}\n\n{caption}"
+
+
 def scaling(record: Mapping[str, Any]) -> str:
     """The table of experiments.scaling."""
     names = list(dict.fromkeys(row["attention"] for row in record["rows"]))
@@ -73,7 +112,13 @@ def scaling(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(('T', *names, 'faster by'), rows)}\n\n{caption}"
 
 
-SECTIONS = {"pretrained_swap": pretrained_swap, "scaling": scaling}
+SECTIONS = {
+    "pretrained_swap_text": swap_text,
+    "pretrained_swap_text_imdb": swap_text,
+    "pretrained_swap_speech": swap_speech,
+    "pretrained_swap_speech_base": swap_speech,
+    "scaling": scaling,
+}
 
 
 def fill_in(text: str, results: Path) -> str:

@@ -52,7 +52,7 @@ class Journal:
 
     def remove(self) -> None:
         """Removes the file: the run is complete and its results are written."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)  # Another run of the same may have been quicker.
 
 
 def source_digest(*folders: Path) -> str:

