@@ -1,31 +1,41 @@
-"""BERT's encoder in Flax NNX: the attention is an argument, the weights are Hugging Face's.
+"""BERT and RoBERTa in Flax NNX: the attention is an argument, the weights are Hugging Face's.
 
 Shapes: B batch, T length, D hidden size, N heads, H head dim.
 """
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clustax.models.common import AttentionFn, layer_norm, one_per_layer
+from clustax.masks import valid_positions
+from clustax.models import weights
+from clustax.models.common import AttentionFn, layer_norm
+from clustax.models.encoder import Encoder, EncoderLayer, Swappable, dropout, gelu
+from clustax.models.weights import Place
+
+# Its calls are (hidden, lengths, attention_fn); `Bert` has as many as its config says.
+BertLayer = EncoderLayer
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The sizes of a BERT encoder, under the names and defaults of Hugging Face's config.json.
+    """The sizes of a BERT or RoBERTa, under the names and defaults of Hugging Face's config.json.
 
     >>> BertConfig(hidden_size=384, num_attention_heads=12).head_dim
     32
+    >>> BertConfig(model_type="roberta", max_position_embeddings=514, pad_token_id=1).max_length
+    512
     """
 
+    model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -34,13 +44,27 @@ class BertConfig:
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    pad_token_id: int = 0
+    num_labels: int = 2
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses a hidden size that the heads do not divide."""
+        """Refuses other models, a hidden size that the heads do not divide, and no positions."""
+        if self.model_type not in _SERVED["model_type"]:
+            raise ValueError(
+                f"model_type must be one of {_SERVED['model_type']}, got {self.model_type!r}."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}."
+            )
+        if self.max_length < 1:
+            raise ValueError(
+                f"max_position_embeddings must be more than the {self.position_offset} that "
+                f"RoBERTa leaves unused (pad_token_id + 1), got {self.max_position_embeddings}."
             )
 
     @property
@@ -48,32 +72,46 @@ class BertConfig:
         """Size of one head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def position_offset(self) -> int:
+        """The position embedding of the first token: RoBERTa's come after that of padding."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens there are positions for."""
+        return self.max_position_embeddings - self.position_offset
+
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
-        """Reads a Hugging Face config.json; fields that the encoder does not need are ignored.
+        """Reads a Hugging Face config.json; fields that the models do not need are ignored.
 
         Args:
             path: the file.
 
         Raises:
-            ValueError: if it describes a model that this encoder does not compute.
+            ValueError: if it describes a model that this one does not compute.
         """
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         for name, served in _SERVED.items():
-            if entries.get(name, served) != served:
+            if entries.get(name, served[0]) not in served:
                 raise ValueError(
-                    f"{name} in {path} must be {served!r}, got {entries[name]!r}: "
-                    "this encoder computes nothing else."
+                    f"{name} in {path} must be {' or '.join(map(repr, served))}, "
+                    f"got {entries[name]!r}: this encoder computes nothing else."
                 )
+        if entries.get("model_type") == "roberta":
+            entries.setdefault("pad_token_id", 1)
+        if entries.get("id2label"):
+            entries["num_labels"] = len(entries["id2label"])
         return cls(**{f.name: entries[f.name] for f in fields(cls) if f.name in entries})
 
 
-# What a config.json may ask for and this encoder has only one of.
+# What a config.json may ask for and these models have, the default first.
 _SERVED = {
-    "model_type": "bert",
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
+    "model_type": ("bert", "roberta"),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
 }
 
 
@@ -83,57 +121,27 @@ class BertEmbeddings(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         """Creates random weights of the sizes in `config`."""
         size = config.hidden_size
+        self.position_offset = config.position_offset
         self.word = nnx.Embed(config.vocab_size, size, rngs=rngs)
         self.position = nnx.Embed(config.max_position_embeddings, size, rngs=rngs)
         self.token_type = nnx.Embed(config.type_vocab_size, size, rngs=rngs)
-        self.norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.norm = layer_norm(size, config.layer_norm_eps, rngs)
+        self.dropout = dropout(config.hidden_dropout_prob, rngs)
 
     def __call__(
         self, tokens: Int[Array, "B T"], token_types: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """Embeds tokens; `token_types=None` means that all are of type 0."""
-        positions = jnp.arange(tokens.shape[1])
+        positions = self.position_offset + jnp.arange(tokens.shape[1])
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        return self.norm(
-            self.word(tokens) + self.position(positions) + self.token_type(token_types)
-        )
+        embedded = self.word(tokens) + self.position(positions) + self.token_type(token_types)
+        return self.dropout(self.norm(embedded))
 
 
-class BertLayer(nnx.Module):
-    """One post-LN transformer layer; the attention is given anew to each call."""
+class Bert(Swappable):
+    """The encoder of BERT or RoBERTa, from tokens to hidden states, without pooler and heads.
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        """Creates random weights of the sizes in `config`."""
-        size, inner = config.hidden_size, config.intermediate_size
-        self.head_dim = config.head_dim
-        self.query = nnx.Linear(size, size, rngs=rngs)
-        self.key = nnx.Linear(size, size, rngs=rngs)
-        self.value = nnx.Linear(size, size, rngs=rngs)
-        self.attention_output = nnx.Linear(size, size, rngs=rngs)
-        self.attention_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.intermediate = nnx.Linear(size, inner, rngs=rngs)
-        self.output = nnx.Linear(inner, size, rngs=rngs)
-        self.norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-
-    def project(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], ...]:
-        """Returns query, key and value."""
-        heads = (*hidden.shape[:2], -1, self.head_dim)
-        return tuple(linear(hidden).reshape(heads) for linear in (self.query, self.key, self.value))
-
-    def __call__(
-        self, hidden: Float[Array, "B T D"], lengths: Int[Array, " B"], attention_fn: AttentionFn
-    ) -> Float[Array, "B T D"]:
-        """Applies attention and the feed-forward network, each with its residual and norm."""
-        attended = attention_fn(
-            *self.project(hidden), query_seq_lengths=lengths, key_value_seq_lengths=lengths
-        ).reshape(hidden.shape)
-        hidden = self.attention_norm(hidden + self.attention_output(attended))
-        inner = jax.nn.gelu(self.intermediate(hidden), approximate=False)
-        return self.norm(hidden + self.output(inner))
-
-
-class Bert(nnx.Module):
-    """BERT's encoder, from tokens to hidden states, without pooler and heads.
+    Like a loaded one, a new one is in evaluation mode; `train()` turns dropout on.
 
     >>> import clustax
     >>> exact = Bert(BertConfig(hidden_size=24, num_hidden_layers=2), rngs=nnx.Rngs(0))
@@ -156,14 +164,32 @@ class Bert(nnx.Module):
             config: the sizes.
             attention_fn: called as `attention_fn(query, key, value, query_seq_lengths=lengths,
                 key_value_seq_lengths=lengths)`; one for all layers, or a sequence of one per layer.
-            rngs: for the weights.
+            rngs: for the weights and for dropout.
         """
         self.config = config
-        self.attention_fns = one_per_layer(attention_fn, config.num_hidden_layers)
         self.embeddings = BertEmbeddings(config, rngs=rngs)
-        self.layers = nnx.List(
-            [BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        self.encoder = Encoder(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            attention_fn=attention_fn,
+            activation=gelu,
+            dropout_rate=config.hidden_dropout_prob,
+            epsilon=config.layer_norm_eps,
+            rngs=rngs,
         )
+        self.eval()
+
+    @property
+    def layers(self) -> Sequence[BertLayer]:
+        """The layers of the encoder."""
+        return self.encoder.layers
+
+    @property
+    def attention_fns(self) -> tuple[AttentionFn, ...]:
+        """What each layer attends with."""
+        return self.encoder.attention_fns
 
     def __call__(
         self,
@@ -180,8 +206,11 @@ class Bert(nnx.Module):
 
         Returns:
             The hidden states of the last layer; those of padded positions mean nothing.
+
+        Raises:
+            ValueError: if there are more tokens than positions.
         """
-        return self._encode(tokens, lengths, token_types, self.config.num_hidden_layers)
+        return self.encoder(self._embed(tokens, lengths, token_types), lengths)
 
     def projections(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], layer: int
@@ -193,122 +222,268 @@ class Bert(nnx.Module):
             lengths: how many positions of each sequence are valid.
             layer: which layer, from 0.
         """
-        return self.layers[layer].project(self._encode(tokens, lengths, None, layer))
+        return self.encoder.projections(self._embed(tokens, lengths, None), lengths, layer)
 
-    def with_attention(self, attention_fn: AttentionFn | Sequence[AttentionFn]) -> Self:
-        """Returns a model that computes another attention with the very arrays of this one.
-
-        Args:
-            attention_fn: as for `Bert`.
-        """
-        other = nnx.merge(*nnx.split(self))
-        other.attention_fns = one_per_layer(attention_fn, self.config.num_hidden_layers)
-        return other
-
-    def _encode(self, tokens, lengths, token_types, num_layers: int) -> Float[Array, "B T D"]:
-        longest = self.config.max_position_embeddings
-        if tokens.shape[1] > longest:
+    def _embed(self, tokens, lengths, token_types) -> Float[Array, "B T D"]:
+        config = self.config
+        if tokens.shape[1] > config.max_length:
+            unused = f" less the {config.position_offset} that RoBERTa leaves unused"
             raise ValueError(
-                f"tokens must have at most max_position_embeddings={longest} positions, "
+                f"tokens must have at most {config.max_length} positions (max_position_embeddings="
+                f"{config.max_position_embeddings}{unused if config.position_offset else ''}), "
                 f"got shape {tokens.shape}: cut or split the texts."
             )
-        hidden = self.embeddings(tokens, token_types)
-        for index in range(num_layers):
-            hidden = self.layers[index](hidden, lengths, self.attention_fns[index])
-        return hidden
+        # The embedding of an id that is none is NaN, in the padding, too.
+        valid = valid_positions(lengths, tokens.shape[1])
+        tokens = jnp.where(valid, tokens, 0)
+        token_types = None if token_types is None else jnp.where(valid, token_types, 0)
+        return self.embeddings(tokens, token_types)
 
 
+class BertForSequenceClassification(Swappable):
+    """An encoder and a classifier of its first token, which stands for the whole text.
+
+    To fine-tune, put a new one on a pretrained encoder, and call `train()`:
+
+    >>> bert = Bert(BertConfig(hidden_size=24, num_hidden_layers=2), rngs=nnx.Rngs(0))  # or load
+    >>> model = BertForSequenceClassification(bert, num_labels=3, rngs=nnx.Rngs(1))
+    >>> model(jnp.ones((5, 20), int), jnp.array([20, 11, 7, 3, 1])).shape
+    (5, 3)
+    """
+
+    def __init__(self, bert: Bert, *, num_labels: int | None = None, rngs: nnx.Rngs):
+        """Creates a head with random weights; `load` gives one with pretrained weights.
+
+        Args:
+            bert: the encoder, which becomes a part of this model: it is not copied.
+            num_labels: how many classes; those of the encoder's config if None.
+            rngs: for the weights and for dropout.
+        """
+        config, size = bert.config, bert.config.hidden_size
+        rate = config.classifier_dropout
+        self.bert = bert
+        self.pooler = nnx.Linear(size, size, rngs=rngs)
+        self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, rngs)
+        num_labels = config.num_labels if num_labels is None else num_labels
+        self.classifier = nnx.Linear(size, num_labels, rngs=rngs)
+        self.eval()
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B labels"]:
+        """Returns the logits of each sequence's class; arguments are as for `Bert`."""
+        pooled = jnp.tanh(self.pooler(self.bert(tokens, lengths, token_types)[:, 0]))
+        return self.classifier(self.dropout(pooled))
+
+
+class SpanLogits(NamedTuple):
+    """Where an answer starts and ends, for each position; ends are inclusive."""
+
+    start: Float[Array, "B T"]
+    end: Float[Array, "B T"]
+
+
+class BertForQuestionAnswering(Swappable):
+    """An encoder and, for each position, whether the answer to a question starts or ends there.
+
+    >>> bert = Bert(BertConfig(hidden_size=24, num_hidden_layers=2), rngs=nnx.Rngs(0))  # or load
+    >>> model = BertForQuestionAnswering(bert, rngs=nnx.Rngs(1))
+    >>> start, end = model(jnp.ones((2, 20), int), jnp.array([20, 11]))
+    >>> start.shape, int(end[1].argmax()) < 11
+    ((2, 20), True)
+    """
+
+    def __init__(self, bert: Bert, *, rngs: nnx.Rngs):
+        """Creates a head with random weights; `load` gives one with pretrained weights.
+
+        Args:
+            bert: the encoder, which becomes a part of this model: it is not copied.
+            rngs: for the weights.
+        """
+        self.bert = bert
+        self.qa_outputs = nnx.Linear(bert.config.hidden_size, 2, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> SpanLogits:
+        """Returns the logits of start and end; arguments are as for `Bert`.
+
+        Those of padded positions are the lowest finite number: they get probability 0, and make no
+        loss a NaN, as -inf would.
+        """
+        logits = self.qa_outputs(self.bert(tokens, lengths, token_types))
+        valid = valid_positions(lengths, tokens.shape[1])[..., None]
+        logits = jnp.where(valid, logits, jnp.finfo(logits.dtype).min)
+        return SpanLogits(logits[..., 0], logits[..., 1])
+
+
+class BertForMaskedLM(Swappable):
+    """An encoder and, for each position, the logits of the token that a mask hides there.
+
+    >>> bert = Bert(BertConfig(hidden_size=24, num_hidden_layers=2), rngs=nnx.Rngs(0))  # or load
+    >>> model = BertForMaskedLM(bert, rngs=nnx.Rngs(1))
+    >>> model(jnp.ones((2, 20), int), jnp.array([20, 11])).shape
+    (2, 20, 30522)
+    """
+
+    def __init__(self, bert: Bert, *, rngs: nnx.Rngs):
+        """Creates a head with random weights; `load` gives one with pretrained weights.
+
+        Args:
+            bert: the encoder, which becomes a part of this model: it is not copied. Its word
+                embeddings are the weights of the head's last layer, too.
+            rngs: for the other weights.
+
+        Raises:
+            ValueError: if the config wants other weights there.
+        """
+        config = bert.config
+        if not config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings must be True for BertForMaskedLM, got False: its last layer "
+                "has the word embeddings as weights."
+            )
+        self.bert = bert
+        self.transform = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T vocab"]:
+        """Returns logits, which mean nothing at padded positions; arguments are as for `Bert`."""
+        hidden = self.bert(tokens, lengths, token_types)
+        hidden = self.norm(gelu(self.transform(hidden)))
+        return self.bert.embeddings.word.attend(hidden) + self.bias[...]
+
+
+Head = TypeVar("Head", BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM)
+
+
+@overload
 def load(
     path: str | Path,
     *,
+    attention_fn: AttentionFn | Sequence[AttentionFn] = ...,
+    rngs: nnx.Rngs | None = ...,
+) -> Bert: ...
+@overload
+def load(
+    path: str | Path,
+    head: type[Head],
+    *,
+    attention_fn: AttentionFn | Sequence[AttentionFn] = ...,
+    rngs: nnx.Rngs | None = ...,
+) -> Head: ...
+def load(
+    path: str | Path,
+    head: Callable[..., Any] | None = None,
+    *,
     attention_fn: AttentionFn | Sequence[AttentionFn] = jax.nn.dot_product_attention,
-) -> Bert:
-    """Loads a pretrained encoder from Hugging Face's files; needs the package safetensors.
+    rngs: nnx.Rngs | None = None,
+) -> Any:
+    """Loads a pretrained BERT or RoBERTa from Hugging Face's files; needs the package safetensors.
 
-    Tensors that the encoder does not need, such as those of a pooler or a head, are ignored, and
-    so is a prefix that all names share ("bert.", say). The weights become float32.
+    Tensors that the model does not need are ignored, and so is any prefix of the names ("bert.",
+    "roberta.", "module.bert.", say). The weights become float32. The model is in evaluation mode.
 
     >>> bert = load("all-MiniLM-L6-v2")                                # doctest: +SKIP
+    >>> classifier = load("bert-sst2", BertForSequenceClassification)  # doctest: +SKIP
 
     Args:
-        path: a folder that holds config.json and model.safetensors.
+        path: model.safetensors, or the model.safetensors.index.json of a split one, with
+            config.json beside it, or their folder.
+        head: the class of a model with a head, which the file has to hold, too; if None, the result
+            is a `Bert`, for which such a class can make a new head.
         attention_fn: as for `Bert`.
+        rngs: for dropout in training; `nnx.Rngs(0)` if None.
 
     Raises:
+        FileNotFoundError: if there are no such files.
         ValueError: if tensors are missing or have the wrong shape; the message names all of them.
     """
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(
-            "clustax.models.bert.load needs the package safetensors: pip install safetensors."
-        ) from error
+    file = weights.locate(path, weights.SAFETENSORS)
+    config = BertConfig.from_json(file.with_name("config.json"))
 
-    folder = Path(path)
-    config = BertConfig.from_json(folder / "config.json")
-    # eval_shape: the weights come from the file, so none are made up first.
-    bert = nnx.eval_shape(lambda: Bert(config, attention_fn=attention_fn, rngs=nnx.Rngs(0)))
-    problems = []
-    with safe_open(folder / "model.safetensors", framework="flax") as file:
-        stored = _encoder_tensors(file.keys())
-        for parameter, variable in nnx.to_flat_state(nnx.state(bert)):
-            name = _tensor_name(parameter)
-            transposed = parameter[-1] == "kernel"  # PyTorch stores (out, in).
-            shape = variable.shape[::-1] if transposed else variable.shape
-            if name not in stored:
-                problems.append(f"{name} is missing")
-            elif (found := tuple(file.get_slice(stored[name]).get_shape())) != shape:
-                problems.append(f"{name} has shape {found}, not {shape}")
-            else:
-                tensor = file.get_tensor(stored[name]).astype(variable.dtype)
-                variable.set_value(tensor.T if transposed else tensor)
-    if problems:
-        raise ValueError(
-            f"{folder / 'model.safetensors'} must hold the encoder that its config.json describes, "
-            f"but: {'; '.join(problems)}. Take both files from the same BERT model."
-        )
-    return bert
+    def make() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        bert = Bert(config, attention_fn=attention_fn, rngs=rngs)
+        return bert if head is None else head(bert, rngs=rngs)
+
+    stored = weights.read_safetensors(file)
+    tensors = {name: stored[found] for name, found in _tensor_names(stored, file).items()}
+    return weights.load(make, tensors, lambda p: _place(p, config.model_type), file, rngs)
 
 
-def _encoder_tensors(names: Collection[str]) -> dict[str, str]:
-    """Maps the encoder's tensor names, without prefix, to those in the file."""
-    found = (re.match(r"(.*?)(embeddings|encoder\.layer)\.", name) for name in names)
-    prefixes = {match[1] for match in found if match} or {""}
+def _tensor_names(names: Collection[str], file: Path) -> dict[str, str]:
+    """Maps tensor names, without prefix, to those in the file."""
+    parts = r"embeddings|encoder\.layer|pooler|classifier|qa_outputs|cls\.predictions|lm_head"
+    found = [match for name in names if (match := re.match(rf"((?:.*?\.)?)({parts})\.", name))]
+    prefixes = {match[1] for match in found if match[2] in ("embeddings", "encoder.layer")}
     if len(prefixes) > 1:
-        raise ValueError(f"the file must hold one encoder, found several: {sorted(prefixes)}.")
-    (prefix,) = prefixes
-    # Checkpoints converted from TensorFlow call a norm's weight gamma and its bias beta.
-    return {
-        name.removeprefix(prefix)
-        .replace("LayerNorm.gamma", "LayerNorm.weight")
-        .replace("LayerNorm.beta", "LayerNorm.bias"): name
-        for name in names
-        if name.startswith(prefix)
-    }
+        raise ValueError(f"{file} must hold one encoder, found several: {sorted(prefixes)}.")
+    return {_current(match.string.removeprefix(match[1])): match.string for match in found}
 
 
-def _tensor_name(parameter: tuple[Any, ...]) -> str:
-    """Hugging Face's name of a parameter of `Bert`, given as its path in the model."""
-    *where, leaf = parameter
-    block = f"encoder.layer.{where[1]}" if where[0] == "layers" else "embeddings"
-    return f"{block}.{_MODULES[where[0]][where[-1]]}.{'bias' if leaf == 'bias' else 'weight'}"
+def _current(name: str) -> str:
+    # Checkpoints converted from TensorFlow call a norm's weight gamma and its bias beta; a head
+    # shares the bias of its last layer.
+    old = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
+    for pattern, new in (old | {r"\.decoder\.bias$": ".bias"}).items():
+        name = re.sub(pattern, new, name)
+    return name
 
 
-_MODULES = {
-    "embeddings": {
-        "word": "word_embeddings",
-        "position": "position_embeddings",
-        "token_type": "token_type_embeddings",
-        "norm": "LayerNorm",
+def _place(parameter: tuple[Any, ...], model_type: str) -> Place:
+    """Where Hugging Face's files have a parameter of these models, given as its path."""
+    *where, leaf = map(str, parameter)
+    where = where[1:] if where[:1] == ["bert"] else where
+    block = ""
+    if where[:2] == ["encoder", "layers"]:
+        block, where = f"encoder.layer.{where[2]}.", where[3:]
+    module = (_ENCODER | _HEADS[model_type])[".".join(where)]
+    return Place(f"{block}{module}.{'bias' if leaf == 'bias' else 'weight'}")
+
+
+_ENCODER = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "feed_forward.intermediate": "intermediate.dense",
+    "feed_forward.output": "output.dense",
+    "feed_forward_norm": "output.LayerNorm",
+}
+
+_HEADS = {
+    "bert": {
+        "pooler": "pooler.dense",
+        "classifier": "classifier",
+        "qa_outputs": "qa_outputs",
+        "transform": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "": "cls.predictions",  # The bias of the logits is in no module of its own.
     },
-    "layers": {
-        "query": "attention.self.query",
-        "key": "attention.self.key",
-        "value": "attention.self.value",
-        "attention_output": "attention.output.dense",
-        "attention_norm": "attention.output.LayerNorm",
-        "intermediate": "intermediate.dense",
-        "output": "output.dense",
-        "norm": "output.LayerNorm",
+    "roberta": {
+        "pooler": "classifier.dense",
+        "classifier": "classifier.out_proj",
+        "qa_outputs": "qa_outputs",
+        "transform": "lm_head.dense",
+        "norm": "lm_head.layer_norm",
+        "": "lm_head",
     },
 }

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clustax.models import whisper_files
-from clustax.models.common import AttentionFn, layer_norm, one_per_layer
+from clustax.models import weights, whisper_files
+from clustax.models.common import AttentionFn, layer_norm
+from clustax.models.encoder import Attention, Encoder, FeedForward, KeyValue, Swappable, gelu
 
 NORM_EPSILON = 1e-5
-
-_exact_attention = jax.nn.dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -68,86 +66,17 @@ class WhisperConfig:
         return (start, *((english, transcribe) if multilingual else ()), no_timestamps)
 
 
-class KeyValue(NamedTuple):
-    """Keys and values of one attention."""
-
-    key: Float[Array, "B S N H"]
-    value: Float[Array, "B S N H"]
-
-
-class Attention(nnx.Module):
-    """The projections of multi-head attention; what it attends to and how is given to each call."""
-
-    def __init__(self, size: int, num_heads: int, *, rngs: nnx.Rngs):
-        """Creates random weights."""
-        self.num_heads = num_heads
-        self.query = nnx.Linear(size, size, rngs=rngs)
-        self.key = nnx.Linear(size, size, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(size, size, rngs=rngs)
-        self.output = nnx.Linear(size, size, rngs=rngs)
-
-    def key_value(self, hidden: Float[Array, "B S D"]) -> KeyValue:
-        """Returns keys and values."""
-        return KeyValue(self._heads(self.key(hidden)), self._heads(self.value(hidden)))
-
-    def __call__(
-        self,
-        hidden: Float[Array, "B T D"],
-        key_value: KeyValue,
-        attention_fn: AttentionFn = _exact_attention,
-        **options: Any,
-    ) -> Float[Array, "B T D"]:
-        """Attends from `hidden`; the options are passed on to `attention_fn`."""
-        attended = attention_fn(self._heads(self.query(hidden)), *key_value, **options)
-        return self.output(attended.reshape(hidden.shape))
-
-    def _heads(self, projected: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        return projected.reshape(*projected.shape[:2], self.num_heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """The part of a layer that looks at one position at a time."""
-
-    def __init__(self, size: int, inner: int, *, rngs: nnx.Rngs):
-        """Creates random weights."""
-        self.norm = layer_norm(size, NORM_EPSILON, rngs)
-        self.intermediate = nnx.Linear(size, inner, rngs=rngs)
-        self.output = nnx.Linear(inner, size, rngs=rngs)
-
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns the sum of `hidden` and the network's output."""
-        inner = jax.nn.gelu(self.intermediate(self.norm(hidden)), approximate=False)
-        return hidden + self.output(inner)
-
-
-class EncoderLayer(nnx.Module):
-    """One pre-LN transformer layer; the attention is given anew to each call."""
-
-    def __init__(self, size: int, num_heads: int, inner: int, *, rngs: nnx.Rngs):
-        """Creates random weights."""
-        self.attention_norm = layer_norm(size, NORM_EPSILON, rngs)
-        self.attention = Attention(size, num_heads, rngs=rngs)
-        self.feed_forward = FeedForward(size, inner, rngs=rngs)
-
-    def __call__(
-        self, hidden: Float[Array, "B S D"], attention_fn: AttentionFn
-    ) -> Float[Array, "B S D"]:
-        """Applies attention and the feed-forward network."""
-        normed = self.attention_norm(hidden)
-        hidden += self.attention(normed, self.attention.key_value(normed), attention_fn)
-        return self.feed_forward(hidden)
-
-
 class DecoderLayer(nnx.Module):
     """A causal layer with a cache, which attends to the encoder's states, too."""
 
     def __init__(self, size: int, num_heads: int, inner: int, *, rngs: nnx.Rngs):
         """Creates random weights."""
         self.attention_norm = layer_norm(size, NORM_EPSILON, rngs)
-        self.attention = Attention(size, num_heads, rngs=rngs)
+        self.attention = Attention(size, num_heads, key_bias=False, rngs=rngs)
         self.cross_norm = layer_norm(size, NORM_EPSILON, rngs)
-        self.cross_attention = Attention(size, num_heads, rngs=rngs)
-        self.feed_forward = FeedForward(size, inner, rngs=rngs)
+        self.cross_attention = Attention(size, num_heads, key_bias=False, rngs=rngs)
+        self.feed_forward_norm = layer_norm(size, NORM_EPSILON, rngs)
+        self.feed_forward = FeedForward(size, inner, gelu, rngs=rngs)
 
     def __call__(
         self,
@@ -167,7 +96,7 @@ class DecoderLayer(nnx.Module):
         seen = jnp.arange(cache.key.shape[1]) <= positions[:, None]
         hidden += self.attention(normed, cache, mask=seen[None, None])
         hidden += self.cross_attention(self.cross_norm(hidden), encoded)
-        return self.feed_forward(hidden), cache
+        return hidden + self.feed_forward(self.feed_forward_norm(hidden)), cache
 
 
 def empty_cache(encoded: tuple[KeyValue, ...], length: int) -> tuple[KeyValue, ...]:
@@ -180,8 +109,8 @@ def empty_cache(encoded: tuple[KeyValue, ...], length: int) -> tuple[KeyValue, .
     return jax.tree.map(lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype), encoded)
 
 
-class Encoder(nnx.Module):
-    """From a log-mel spectrogram to one hidden state each 20 ms."""
+class WhisperEmbeddings(nnx.Module):
+    """From a log-mel spectrogram to what the encoder takes, one position each 20 ms."""
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
         """Creates random weights of the sizes in `config`."""
@@ -190,27 +119,13 @@ class Encoder(nnx.Module):
         self.conv2 = nnx.Conv(size, size, 3, strides=2, padding=1, rngs=rngs)
         # No nnx.Param: training leaves the sinusoids as they are.
         self.positions = nnx.Variable(_sinusoids(config.max_source_positions, size))
-        self.layers = nnx.List(
-            [
-                EncoderLayer(
-                    size, config.encoder_attention_heads, config.encoder_ffn_dim, rngs=rngs
-                )
-                for _ in range(config.encoder_layers)
-            ]
-        )
-        self.norm = layer_norm(size, NORM_EPSILON, rngs)
 
-    def __call__(
-        self, mel: Float[Array, "B M F"], attention_fns: Sequence[AttentionFn]
-    ) -> Float[Array, "B S D"]:
-        """Encodes, with one attention a layer."""
+    def __call__(self, mel: Float[Array, "B M F"]) -> Float[Array, "B S D"]:
+        """Embeds windows of audio."""
         hidden = jnp.swapaxes(mel, 1, 2)
         for conv in (self.conv1, self.conv2):
-            hidden = jax.nn.gelu(conv(hidden), approximate=False)
-        hidden += self.positions[...]
-        for layer, attention_fn in zip(self.layers, attention_fns, strict=True):
-            hidden = layer(hidden, attention_fn)
-        return self.norm(hidden)
+            hidden = gelu(conv(hidden))
+        return hidden + self.positions[...]
 
 
 class Decoder(nnx.Module):
@@ -263,7 +178,7 @@ class Decoder(nnx.Module):
         return self.norm(hidden), tuple(filled)
 
 
-class Whisper(nnx.Module):
+class Whisper(Swappable):
     """Whisper, from log-mel spectrograms of 30 s to tokens.
 
     Only the encoder's attention can be replaced: it is the long one, of 1500 positions. That of
@@ -284,7 +199,7 @@ class Whisper(nnx.Module):
         self,
         config: WhisperConfig,
         *,
-        attention_fn: AttentionFn | Sequence[AttentionFn] = _exact_attention,
+        attention_fn: AttentionFn | Sequence[AttentionFn] = jax.nn.dot_product_attention,
         rngs: nnx.Rngs,
     ):
         """Creates a model with random weights; `load` gives one with pretrained weights.
@@ -296,9 +211,26 @@ class Whisper(nnx.Module):
             rngs: for the weights.
         """
         self.config = config
-        self.attention_fns = one_per_layer(attention_fn, config.encoder_layers)
-        self.encoder = Encoder(config, rngs=rngs)
+        self.embeddings = WhisperEmbeddings(config, rngs=rngs)
+        self.encoder = Encoder(
+            config.encoder_layers,
+            config.d_model,
+            config.encoder_attention_heads,
+            config.encoder_ffn_dim,
+            attention_fn=attention_fn,
+            norm_first=True,
+            activation=gelu,
+            dropout_rate=0,
+            epsilon=NORM_EPSILON,
+            key_bias=False,
+            rngs=rngs,
+        )
         self.decoder = Decoder(config, rngs=rngs)
+
+    @property
+    def attention_fns(self) -> tuple[AttentionFn, ...]:
+        """What each layer of the encoder attends with."""
+        return self.encoder.attention_fns
 
     def encode(self, mel: Float[Array, "B M F"]) -> Float[Array, "B S D"]:
         """Encodes windows of audio.
@@ -315,7 +247,7 @@ class Whisper(nnx.Module):
                 f"mel must have the shape (batch, mel bins, frames) = (B, {expected[0]}, "
                 f"{expected[1]}), got {mel.shape}: make it with clustax.models.log_mel."
             )
-        return self.encoder(mel, self.attention_fns)
+        return self.encoder(self.embeddings(mel))
 
     def __call__(
         self, mel: Float[Array, "B M F"], tokens: Int[Array, "B T"]
@@ -379,16 +311,6 @@ class Whisper(nnx.Module):
         self._check_decoding(prompt, max_tokens)
         prompt = jnp.asarray(prompt, jnp.int32)
         return _compiled_decode(self.decoder, self.config, hidden, prompt, max_tokens)
-
-    def with_attention(self, attention_fn: AttentionFn | Sequence[AttentionFn]) -> Self:
-        """Returns a model that encodes with another attention and the very arrays of this one.
-
-        Args:
-            attention_fn: as for `Whisper`.
-        """
-        other = nnx.merge(*nnx.split(self))
-        other.attention_fns = one_per_layer(attention_fn, self.config.encoder_layers)
-        return other
 
     def _check_decoding(self, prompt: Sequence[int] | Int[Array, " P"], max_tokens: int) -> None:
         if len(prompt) < 1 or max_tokens < 1:
@@ -457,53 +379,35 @@ _compiled_decode = nnx.jit(_decode, static_argnums=(1, 4))
 def load(
     path: str | Path,
     *,
-    attention_fn: AttentionFn | Sequence[AttentionFn] = _exact_attention,
+    attention_fn: AttentionFn | Sequence[AttentionFn] = jax.nn.dot_product_attention,
 ) -> Whisper:
     """Loads a pretrained Whisper from the files of CTranslate2 or of Hugging Face.
 
     Of CTranslate2 (or faster-whisper) it reads model.bin, in float16 or float32, config.json, and
     vocabulary.json or vocabulary.txt; of Hugging Face config.json, generation_config.json if there
-    is one, and model.safetensors, with the package safetensors. The weights become float32.
+    is one, and model.safetensors or the files that model.safetensors.index.json lists, with the
+    package safetensors. The weights become float32.
 
     >>> whisper = load("whisper-tiny.en")                              # doctest: +SKIP
 
     Args:
-        path: model.safetensors or model.bin with the other files beside it, or their folder; of a
-            folder with both the first is read.
+        path: model.safetensors, its index, or model.bin with the other files beside it, or their
+            folder; of a folder with several the first of these is read.
         attention_fn: as for `Whisper`.
 
     Raises:
-        FileNotFoundError: if there is neither of the two.
+        FileNotFoundError: if there is none of them.
         ValueError: if tensors are missing or have the wrong shape; the message names all of them.
     """
-    path = Path(path)
     files = whisper_files.read(path)
     names = (field.name for field in fields(WhisperConfig))
     config = WhisperConfig(**{name: files.config[name] for name in names if name in files.config})
-    # eval_shape: the weights come from the file, so none are made up first.
-    whisper = nnx.eval_shape(lambda: Whisper(config, attention_fn=attention_fn, rngs=nnx.Rngs(0)))
-    problems = []
-    for parameter, variable in nnx.to_flat_state(nnx.state(whisper)):
-        name, part, parts = files.place(parameter)
-        transposed = parameter[-1] == "kernel"  # PyTorch stores (out, in) and (out, in, width).
-        shape = variable.shape[::-1] if transposed else variable.shape
-        shape = (parts * shape[0], *shape[1:])
-        if name not in files.tensors:
-            problems.append(f"{name} is missing")
-        elif (tensor := files.tensors[name]).shape != shape:
-            problems.append(f"{name} has shape {tensor.shape}, not {shape}")
-        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{name} holds {tensor.dtype}, not floating point numbers")
-        else:
-            chosen = np.split(np.asarray(tensor), parts)[part]
-            variable.set_value(jnp.asarray(chosen.T if transposed else chosen, variable.dtype))
-    if problems:
-        # Parameters that share a tensor share its problem.
-        raise ValueError(
-            f"{path} must hold the Whisper that its config.json describes, in floating point, "
-            f"but: {'; '.join(dict.fromkeys(problems))}. Take all files from the same model."
-        )
-    return whisper
+    return weights.load(
+        lambda: Whisper(config, attention_fn=attention_fn, rngs=nnx.Rngs(0)),
+        files.tensors,
+        files.place,
+        Path(path),
+    )
 
 
 def _sinusoids(length: int, size: int) -> Float[Array, "S D"]:

@@ -2,22 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Array
-
 from clustax.models.ctranslate2 import read_variables
-
-
-class Place(NamedTuple):
-    """A tensor in a file; the parameter is one of its `parts` equal parts along the first axis."""
-
-    name: str
-    part: int = 0
-    parts: int = 1
+from clustax.models.weights import SAFETENSORS, Place, Tensors, locate, read_safetensors
 
 
 class Files(NamedTuple):
@@ -30,39 +20,27 @@ class Files(NamedTuple):
     """
 
     config: dict[str, Any]
-    tensors: Mapping[str, np.ndarray | Array]
+    tensors: Tensors
     place: Callable[[tuple[Any, ...]], Place]
 
 
-def read(path: Path) -> Files:
+def read(path: str | Path) -> Files:
     """Reads a model's files.
 
     Args:
-        path: model.safetensors or model.bin with the other files beside it, or their folder.
+        path: model.safetensors, its index, or model.bin with the other files beside it, or their
+            folder.
 
     Raises:
-        FileNotFoundError: if there is none of the two.
+        FileNotFoundError: if there is none of them.
         ValueError: if they do not describe a Whisper.
     """
-    readers = {"model.safetensors": _read_hugging_face, "model.bin": _read_ctranslate2}
-    for name, reader in readers.items():
-        file = path / name if path.is_dir() else path
-        if file.name == name and file.exists():
-            return reader(file)
-    raise FileNotFoundError(
-        f"path must be a {' or a '.join(readers)}, or a folder with one of them, got {path}, which "
-        "is none: join split files, and give them one of these names."
-    )
+    readers = dict.fromkeys(SAFETENSORS, _read_hugging_face) | {"model.bin": _read_ctranslate2}
+    file = locate(path, tuple(readers))
+    return readers[file.name](file)
 
 
 def _read_hugging_face(path: Path) -> Files:
-    try:
-        from safetensors.flax import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"{path} needs the package safetensors: pip install safetensors."
-        ) from error
-
     entries = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
     for name, served in _SERVED.items():
         if entries.get(name, served) != served:
@@ -76,7 +54,8 @@ def _read_hugging_face(path: Path) -> Files:
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         entries[name] = tuple(entries.get(name) or ())
     # Without their prefix, "model." as a rule.
-    tensors = {re.sub(r"^.*?(?=(en|de)coder\.)", "", n): x for n, x in load_file(path).items()}
+    stored = read_safetensors(path).items()
+    tensors = {re.sub(r"^.*?(?=(en|de)coder\.)", "", name): tensor for name, tensor in stored}
     return Files(entries, tensors, _hugging_face_place)
 
 
@@ -151,6 +130,7 @@ def _ctranslate2_place(parameter: tuple[Any, ...]) -> Place:
 def _split(parameter: tuple[Any, ...]) -> tuple[str, str | None, str, str]:
     """Returns encoder or decoder, the layer if it is in one, the module, and the last name."""
     side, *where = map(str, parameter)
+    side = "encoder" if side == "embeddings" else side  # The files have no such part.
     layer = where[1] if where[0] == "layers" else None
     where = where[2:] if layer else where
     # The positions are in no module of their own.
@@ -180,7 +160,7 @@ _MODULES = {
     "cross_attention.key": _Module("encoder_attn.k_proj", "attention/linear_1", 0, 2),
     "cross_attention.value": _Module("encoder_attn.v_proj", "attention/linear_1", 1, 2),
     "cross_attention.output": _Module("encoder_attn.out_proj", "attention/linear_2"),
-    "feed_forward.norm": _Module("final_layer_norm", "ffn/layer_norm"),
+    "feed_forward_norm": _Module("final_layer_norm", "ffn/layer_norm"),
     "feed_forward.intermediate": _Module("fc1", "ffn/linear_0"),
     "feed_forward.output": _Module("fc2", "ffn/linear_1"),
 }
