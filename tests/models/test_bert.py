@@ -1,16 +1,26 @@
-"""The BERT encoder against a plain float64 transcription of the model, and its loader's errors."""
+"""BERT and RoBERTa against a plain float64 transcription of the models, and the loader's errors."""
 
 import json
 import math
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from clustax.models.bert import Bert, BertConfig, load
+import clustax
+from clustax.models.bert import (
+    Bert,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    load,
+)
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -25,8 +35,18 @@ CONFIG = BertConfig(
     layer_norm_eps=1e-5,
 )
 ENTRIES = {name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}
+call = nnx.jit(lambda model, *arguments: model(*arguments))
+
 LENGTHS = np.array([9, 4, 1])
 VALID = np.arange(9) < LENGTHS[:, None]
+NUM_LABELS = 4
+# What config.json says of a RoBERTa with as many positions for tokens.
+ROBERTA = {
+    "model_type": "roberta",
+    "pad_token_id": 1,
+    "max_position_embeddings": 12,
+    "type_vocab_size": 1,
+}
 
 
 def tensors(seed=0):
@@ -55,7 +75,50 @@ def tensors(seed=0):
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             shapes[f"encoder.layer.{layer}.{name}.weight"] = (d,)
             shapes[f"encoder.layer.{layer}.{name}.bias"] = (d,)
+    return draw(rng, shapes)
+
+
+def draw(rng, shapes):
     return {n: (0.5 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+
+
+HEADS = {
+    "bert": (
+        "pooler.dense",
+        "classifier",
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.bias",
+    ),
+    "roberta": (
+        "classifier.dense",
+        "classifier.out_proj",
+        "lm_head.dense",
+        "lm_head.layer_norm",
+        "lm_head.bias",
+    ),
+}
+
+
+def heads(model_type):
+    """All heads, under Hugging Face's names without prefix."""
+    d, vocab = CONFIG.hidden_size, CONFIG.vocab_size
+    dense, classifier, transform, norm, bias = HEADS[model_type]
+    shapes = {bias: (vocab,), f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    linears = {dense: d, classifier: NUM_LABELS, "qa_outputs": 2, transform: d}
+    for name, size in linears.items():
+        shapes |= {f"{name}.weight": (size, d), f"{name}.bias": (size,)}
+    return draw(np.random.default_rng(2), shapes)
+
+
+def roberta_tensors(seed=0):
+    """As `tensors`, with two positions more, and one token type."""
+    weights = tensors(seed)
+    name = "embeddings.position_embeddings.weight"
+    weights[name] = np.concatenate([np.full((2, 12), 9, np.float32), weights[name]])
+    name = "embeddings.token_type_embeddings.weight"
+    weights[name] = weights[name][:1].copy()
+    return weights
 
 
 def inputs(seed=1):
@@ -64,31 +127,34 @@ def inputs(seed=1):
     return rng.integers(0, CONFIG.vocab_size, shape), rng.integers(0, CONFIG.type_vocab_size, shape)
 
 
+def norm(x, weights, name):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.layer_norm_eps)
+    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def gelu(x):
+    return np.vectorize(lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2)(x)
+
+
 def transcription(weights, tokens, lengths, token_types):
     """BERT in float64, one sequence, one head and one query at a time; padding is cut off."""
     weights = {name: w.astype(np.float64) for name, w in weights.items()}
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.layer_norm_eps)
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def gelu(x):
-        return np.vectorize(lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2)(x)
-
     results = []
     for row, types, length in zip(tokens, token_types, lengths, strict=True):
         x = weights["embeddings.word_embeddings.weight"][row[:length]]
         x = x + weights["embeddings.position_embeddings.weight"][:length]
         x = x + weights["embeddings.token_type_embeddings.weight"][types[:length]]
-        x = norm(x, "embeddings.LayerNorm")
+        x = norm(x, weights, "embeddings.LayerNorm")
         for layer in range(CONFIG.num_hidden_layers):
             at = f"encoder.layer.{layer}"
             q, k, v = (
-                linear(x, f"{at}.attention.self.{name}") for name in ("query", "key", "value")
+                linear(x, weights, f"{at}.attention.self.{name}")
+                for name in ("query", "key", "value")
             )
             attended = np.zeros_like(x)
             for head in range(CONFIG.num_attention_heads):
@@ -96,10 +162,11 @@ def transcription(weights, tokens, lengths, token_types):
                 for i in range(length):
                     weight = np.exp(k[:, part] @ q[i, part] / math.sqrt(CONFIG.head_dim))
                     attended[i, part] = weight @ v[:, part] / weight.sum()
-            attended = linear(attended, f"{at}.attention.output.dense")
-            x = norm(x + attended, f"{at}.attention.output.LayerNorm")
-            inner = linear(gelu(linear(x, f"{at}.intermediate.dense")), f"{at}.output.dense")
-            x = norm(x + inner, f"{at}.output.LayerNorm")
+            attended = linear(attended, weights, f"{at}.attention.output.dense")
+            x = norm(x + attended, weights, f"{at}.attention.output.LayerNorm")
+            inner = gelu(linear(x, weights, f"{at}.intermediate.dense"))
+            inner = linear(inner, weights, f"{at}.output.dense")
+            x = norm(x + inner, weights, f"{at}.output.LayerNorm")
         results.append(x)
     return results
 
@@ -277,7 +344,238 @@ def test_models_that_are_not_served_are_refused(folder, name, value):
         load(folder(tensors(), **{name: value}))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "outer"),
+    [
+        ("bert", "bert.", ""),
+        ("bert", "module.bert.", "module."),
+        ("roberta", "roberta.", ""),
+        ("roberta", "model.roberta.", "model."),
+    ],
+)
+def test_heads_equal_their_transcriptions(folder, model_type, prefix, outer):
+    encoder = tensors() if model_type == "bert" else roberta_tensors()
+    stored = {prefix + name: w for name, w in encoder.items()}
+    for name, w in heads(model_type).items():
+        stored[(prefix if name.startswith("pooler") else outer) + name] = w
+    entries = ROBERTA if model_type == "roberta" else {}
+    labels = {str(i): f"label {i}" for i in range(NUM_LABELS)}
+    path = folder(stored, **entries, id2label=labels)
+    tokens, _ = inputs()
+    # RoBERTa's padding has a position of its own, which ours must not depend on.
+    arguments = jnp.asarray(np.where(VALID, tokens, 1)), jnp.asarray(LENGTHS)
+    hidden = transcription(tensors(), tokens, LENGTHS, np.zeros_like(tokens))
+    weights = heads(model_type)
+    dense, classifier, transform, layer_norm, bias = HEADS[model_type]
+
+    logits = call(load(path, BertForSequenceClassification), *arguments)
+    first = np.tanh(linear(np.array([x[0] for x in hidden]), weights, dense))
+    np.testing.assert_allclose(logits, linear(first, weights, classifier), atol=1e-5)
+
+    start, end = call(load(path, BertForQuestionAnswering), *arguments)
+    spans = linear(np.concatenate(hidden), weights, "qa_outputs")
+    np.testing.assert_allclose(np.stack([start[VALID], end[VALID]], 1), spans, atol=1e-5)
+
+    logits = call(load(path, BertForMaskedLM), *arguments)
+    expected = gelu(linear(np.concatenate(hidden), weights, transform))
+    expected = norm(expected, weights, layer_norm)
+    expected = expected @ tensors()["embeddings.word_embeddings.weight"].T + weights[bias]
+    np.testing.assert_allclose(logits[VALID], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_the_bias_of_the_vocabulary_may_be_that_of_the_last_layer(folder, model_type):
+    weights = heads(model_type)
+    *_, bias = HEADS[model_type]
+    weights[f"{bias.removesuffix('bias')}decoder.bias"] = weights.pop(bias)
+    encoder = roberta_tensors() if model_type == "roberta" else tensors()
+    entries = ROBERTA if model_type == "roberta" else {}
+    model = load(folder(encoder | weights, **entries), BertForMaskedLM)
+    np.testing.assert_array_equal(model.bias[...], heads(model_type)[bias])
+
+
+def test_spans_never_end_in_the_padding():
+    model = BertForQuestionAnswering(Bert(CONFIG, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    model.qa_outputs.bias[...] -= 1e4  # so that a padded 0 would win
+    logits = call(model, jnp.asarray(inputs()[0]), jnp.asarray(LENGTHS))
+    for part in logits:
+        assert np.isfinite(part).all()
+        probabilities = np.asarray(jax.nn.softmax(part))
+        assert (probabilities[~VALID] == 0).all()
+        assert (probabilities[VALID] > 0).all()
+        one_hot = jax.nn.one_hot(jnp.zeros(3, int), 9)
+        assert np.isfinite(optax.softmax_cross_entropy(part, one_hot)).all()
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_split_files(tmp_path, files):
+    """The tensors of any number of files, which only the index knows, give the same model."""
+    weights = {f"bert.{name}": w for name, w in tensors().items()}
+    (tmp_path / "config.json").write_text(json.dumps(ENTRIES))
+    index = {}
+    for i in range(files):
+        part = dict(list(weights.items())[i::files])
+        index |= dict.fromkeys(part, f"part-{i}.safetensors")
+        safetensors_numpy.save_file(part, tmp_path / f"part-{i}.safetensors")
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    tokens, token_types = inputs()
+    expected = transcription(tensors(), tokens, LENGTHS, token_types)
+    for path in (tmp_path, file, str(file)):
+        bert = load(path)
+        hidden = call(bert, *map(jnp.asarray, (tokens, LENGTHS, token_types)))
+        np.testing.assert_allclose(hidden[VALID], np.concatenate(expected), atol=1e-5)
+
+    for i in range(files):
+        (tmp_path / f"part-{i}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="must hold all files that it lists") as error:
+        load(tmp_path)
+    assert all(f"part-{i}.safetensors is missing" in str(error.value) for i in range(files))
+
+
+def test_a_file_can_be_named_itself(folder):
+    path = folder(tensors()) / "model.safetensors"
+    norm = load(path).layers[0].attention_norm
+    name = "encoder.layer.0.attention.output.LayerNorm.bias"
+    np.testing.assert_array_equal(norm.bias[...], tensors()[name])
+
+
+def test_no_files(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    for path in (tmp_path, tmp_path / "pytorch_model.bin", tmp_path / "nothing"):
+        with pytest.raises(FileNotFoundError, match=r"model.safetensors, .*index.json.*save PyTo"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    "make_head",
+    [BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM],
+    ids=lambda head: head.__name__,
+)
+def test_new_heads_learn_with_clustered_attention(folder, make_head):
+    """A few steps on a pretrained encoder; the loss falls, and the encoder learns, too."""
+    clustered = clustax.ClusteredAttention(num_clusters=3, topk=3, num_iterations=2)
+    bert = load(folder(tensors(), num_hidden_layers=1), attention_fn=clustered)
+    before = bert.layers[0].attention.query.kernel[...]
+    options = {"num_labels": 3} if make_head is BertForSequenceClassification else {}
+    model = make_head(bert, **options, rngs=nnx.Rngs(0))
+    assert model.bert is bert
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    tokens, lengths = jnp.asarray(inputs()[0]), jnp.asarray(LENGTHS)
+    targets = {BertForSequenceClassification: jnp.array([2, 0, 1]), BertForMaskedLM: tokens}
+    weights = VALID if make_head is BertForMaskedLM else 1.0
+
+    def loss_fn(model):
+        logits = model(tokens, lengths)
+        if make_head is BertForQuestionAnswering:
+            logits = logits.end
+        target = targets.get(make_head, jnp.array([5, 2, 0]))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return jnp.mean(losses * weights)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss_fn)(model))
+
+    evaluate = nnx.jit(loss_fn)
+    loss = evaluate(model)
+    model.train()
+    for _ in range(20):
+        step(model, optimizer)
+    model.eval()
+    assert evaluate(model) < 0.7 * loss
+    assert jnp.abs(bert.layers[0].attention.query.kernel[...] - before).max() > 1e-3
+
+
+def test_dropout_is_off_until_training(folder):
+    """Loaded or new, a model is in evaluation mode; its layers drop out different units."""
+    tokens, lengths = jnp.asarray(inputs()[0]), jnp.asarray(LENGTHS)
+    path = folder(tensors())
+    for bert in (load(path), Bert(CONFIG, rngs=nnx.Rngs(0))):
+        model = BertForSequenceClassification(bert, rngs=nnx.Rngs(1))
+        expected = call(model, tokens, lengths)
+        np.testing.assert_array_equal(call(model, tokens, lengths), expected)
+        model.train()
+        one, two = (call(model, tokens, lengths) for _ in range(2))
+        assert jnp.abs(one - two).max() > 1e-3
+        dropouts = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Dropout)]
+        keys = [jax.random.key_data(dropout.rngs.key[...]).tolist() for dropout in dropouts]
+        assert len({tuple(key) for key in keys}) == len(keys) == 4
+    seeds = [load(path, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 1)]
+    assert seeds[0].embeddings.dropout.rngs.key[...] != seeds[1].embeddings.dropout.rngs.key[...]
+
+
+def test_rates_of_dropout(folder):
+    entries = {"hidden_dropout_prob": 0.0, "classifier_dropout": 0.3, "num_labels": NUM_LABELS}
+    path = folder(tensors() | heads("bert"), **entries)
+    model = load(path, BertForSequenceClassification)
+    assert model.dropout.rate == 0.3
+    assert model.bert.embeddings.dropout.rate == model.bert.layers[0].dropout.rate == 0
+    model = BertForSequenceClassification(Bert(CONFIG, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    assert model.dropout.rate == model.bert.layers[1].dropout.rate == 0.1
+
+
+def test_heads_take_another_attention(folder):
+    """The arrays are the same, and the model that was asked stays as it is."""
+    path = folder(tensors() | heads("bert"), num_labels=NUM_LABELS)
+    tokens, lengths = jnp.asarray(inputs()[0]), jnp.asarray(LENGTHS)
+    weights = tensors()
+    for layer in range(2):
+        for part in ("weight", "bias"):
+            weights[f"encoder.layer.{layer}.attention.self.query.{part}"] *= 0
+    for head in (BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM):
+        exact = load(path, head)
+        uniform = exact.with_attention(mean_of_values)
+        assert type(uniform) is head
+        assert (
+            uniform.bert.embeddings.word.embedding[...]
+            is (exact.bert.embeddings.word.embedding[...])
+        )
+        assert exact.bert.attention_fns == (jax.nn.dot_product_attention,) * 2
+        assert uniform.bert.attention_fns == (mean_of_values,) * 2
+        np.testing.assert_allclose(
+            call(uniform.bert, tokens, lengths)[VALID],
+            np.concatenate(transcription(weights, tokens, LENGTHS, np.zeros_like(tokens))),
+            atol=1e-5,
+        )
+
+
+def test_missing_heads_are_named(folder):
+    path = folder(tensors())
+    with pytest.raises(ValueError, match="must hold the BertForSequenceClassification") as error:
+        load(path, BertForSequenceClassification)
+    names = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
+    assert all(f"{name} is missing" in str(error.value) for name in names)
+    assert str(error.value).count("is missing") == 4
+    with pytest.raises(ValueError, match=r"cls\.predictions\.bias is missing"):
+        load(path, BertForMaskedLM)
+    path = folder(tensors() | heads("bert"), num_labels=5)
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(4, 12\), not \(5, 12\)"):
+        load(path, BertForSequenceClassification)
+    path = folder(tensors() | heads("bert"), tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="tie_word_embeddings must be True for BertForMaskedLM"):
+        load(path, BertForMaskedLM)
+    assert isinstance(load(path, BertForQuestionAnswering), BertForQuestionAnswering)
+
+
+def test_positions_of_roberta(folder):
+    bert = load(folder(roberta_tensors(), **ROBERTA))
+    assert (bert.config.position_offset, bert.config.max_length) == (2, 10)
+    with pytest.raises(ValueError, match=r"at most 10 .*=12 less the 2 that RoBERTa .*\(1, 11\)"):
+        bert(jnp.ones((1, 11), int), jnp.array([11]))
+    without = {name: value for name, value in ROBERTA.items() if name != "pad_token_id"}
+    path = folder(roberta_tensors(), **without)
+    entries = json.loads((path / "config.json").read_text())
+    del entries["pad_token_id"]
+    (path / "config.json").write_text(json.dumps(entries))
+    assert load(path).config.position_offset == 2
+    with pytest.raises(ValueError, match=r"more than the 4 that RoBERTa .* got 4"):
+        replace(bert.config, pad_token_id=3, max_position_embeddings=4)
+
+
 def test_callers_mistakes():
+    with pytest.raises(ValueError, match=r"model_type must be one of \('bert', .* got 'gpt2'"):
+        BertConfig(model_type="gpt2")
     with pytest.raises(ValueError, match=r"num_attention_heads, got 10 and 3"):
         BertConfig(hidden_size=10, num_attention_heads=3)
     with pytest.raises(ValueError, match="one per layer, here 2, got 3"):
