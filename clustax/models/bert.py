@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from clustax.masks import valid_positions
 from clustax.models import weights
-from clustax.models.common import AttentionFn, layer_norm
-from clustax.models.encoder import Encoder, EncoderLayer, Swappable, dropout, gelu
+from clustax.models.common import AttentionFn, dropout, layer_norm
+from clustax.models.encoder import Encoder, EncoderLayer, Swappable, gelu
 from clustax.models.weights import Place
 
-# Its calls are (hidden, lengths, attention_fn); `Bert` has as many as its config says.
+# BERT's layer is the paper's, with another activation.
 BertLayer = EncoderLayer
 
 
@@ -35,7 +35,6 @@ class BertConfig:
     512
     """
 
-    model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -44,6 +43,7 @@ class BertConfig:
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    model_type: str = "bert"
     hidden_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
     pad_token_id: int = 0
@@ -202,7 +202,8 @@ class Bert(Swappable):
         Args:
             tokens: token ids; what the padding holds has no influence on valid positions.
             lengths: how many positions of each sequence are valid.
-            token_types: segment ids; None means 0 everywhere.
+            token_types: segment ids, below `type_vocab_size`, which is 1 for RoBERTa; None means 0
+                everywhere.
 
         Returns:
             The hidden states of the last layer; those of padded positions mean nothing.

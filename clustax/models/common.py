@@ -1,4 +1,4 @@
-"""What the models share: how they take their attention, and their norm."""
+"""What the models share: how they take their attention, their norm and dropout."""
 
 from collections.abc import Callable, Sequence
 
@@ -35,3 +35,8 @@ def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Returns a norm that computes the variance in the accurate way."""
     # The fast one, E[x²] - E[x]², loses digits to cancellation.
     return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
+    """Returns a dropout, without random state where it drops nothing."""
+    return nnx.Dropout(rate, rngs=rngs if rate else None)

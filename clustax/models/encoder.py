@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clustax.masks import valid_positions
-from clustax.models.common import AttentionFn, layer_norm, one_per_layer
+from clustax.models.common import AttentionFn, dropout, layer_norm, one_per_layer
 
 Activation = Callable[[Array], Array]
 
@@ -305,8 +305,3 @@ class Encoder(Swappable):
         ):
             hidden = layer(hidden, lengths, attention_fn)
         return hidden
-
-
-def dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
-    """Returns a dropout, without random state where it drops nothing."""
-    return nnx.Dropout(rate, rngs=rngs if rate else None)

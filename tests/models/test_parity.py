@@ -58,7 +58,7 @@ def transformers(torch):
 
 @pytest.fixture
 def speech():
-    return pytest.importorskip("experiments.common.speech", reason="its packages are missing")
+    return pytest.importorskip("experiments.common.speech", reason="needs the extra experiments")
 
 
 @pytest.fixture
