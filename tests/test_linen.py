@@ -300,7 +300,9 @@ def test_two_layers_share_clusters():
         for name in ("query", "key", "value")
     )
     mask = PADDING.astype(bool)
-    attended = clustax.attend(query, key, value, mask=mask, clusters=clusters, topk=ROUGH.topk, merge=ROUGH.merge)
+    attended = clustax.attend(
+        query, key, value, mask=mask, clusters=clusters, topk=ROUGH.topk, merge=ROUGH.merge
+    )
     expected = y + jnp.einsum("btnh,nhf->btf", attended, second["params"]["out"]["kernel"])
     assert largest_error(stack.apply(variables, X, PADDING), expected) < 1e-5
 

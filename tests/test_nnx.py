@@ -281,7 +281,13 @@ def test_two_layers_share_clusters(monkeypatch):
     clusters = first.cluster(X, mask=PADDING)
     query, key, value = (project(X) for project in (second.query, second.key, second.value))
     expected = clustax.attend(
-        query, key, value, mask=PADDING.astype(bool), clusters=clusters, topk=ROUGH.topk, merge=ROUGH.merge
+        query,
+        key,
+        value,
+        mask=PADDING.astype(bool),
+        clusters=clusters,
+        topk=ROUGH.topk,
+        merge=ROUGH.merge,
     )
     monkeypatch.setattr("clustax.attention_fn.cluster_queries", None)  # nothing is clustered again
     out = second(X, mask=PADDING, clusters=clusters)

@@ -274,6 +274,7 @@ def draw(scores: Sequence[Score], title: str) -> Figure:
             axes.grid(alpha=0.3)
         panels[0].set(ylabel=label)
     _scale_error_rates(grid[0, 0], scores)
+    grid[-1, 0].set_ylim(bottom=0)
     grid[0, 0].set(title=f"against C, with k = {TOPK}")
     grid[0, 1].set(title=f"against k, with C = {NUM_CLUSTERS}")
     grid[0, 2].set(title=f"all methods, with C = {NUM_CLUSTERS} and k = {TOPK}")
