@@ -51,7 +51,6 @@ publish: $(installed)
 	$(swap) text --output $(results)/pretrained_swap_text
 	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
 	$(swap) speech --output $(results)/pretrained_swap_speech
-	$(swap) speech --model base --prompts 64 --output $(results)/pretrained_swap_speech_base
 	$(python) -m experiments.scaling --output $(results)/scaling
 	$(python) -m experiments.tables
 

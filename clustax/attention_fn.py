@@ -15,7 +15,7 @@ from clustax.attention import MERGES, SPACES, attend, clustered_attention
 from clustax.clustering import METRICS, Clusters, cluster_queries
 
 ATTENDING = ("topk", "merge", "scale")
-PAPER = {"metric": "hamming", "space": "query", "merge": "mass"}
+PAPER: dict[str, Any] = {"metric": "hamming", "space": "query", "merge": "mass"}
 CLUSTERING = ("num_clusters", "num_bits", "num_iterations", "metric", "implementation")
 
 
