@@ -14,7 +14,14 @@ from clustax import ClusteredAttention
 from tests.cases import BY_NAME, make_inputs
 from tests.helpers import largest_error
 
-SETTINGS = {"num_clusters": 5, "topk": 6, "merge": "lse", "num_iterations": 3}
+SETTINGS = {
+    "num_clusters": 5,
+    "topk": 6,
+    "merge": "lse",
+    "num_iterations": 3,
+    "metric": "hamming",
+    "space": "query",
+}
 
 
 def attention(query, key, value, **changes):
