@@ -15,7 +15,6 @@ from clustax.attention import MERGES, SPACES, attend, clustered_attention
 from clustax.clustering import METRICS, Clusters, cluster_queries
 
 ATTENDING = ("topk", "merge", "scale")
-PAPER: dict[str, Any] = {"metric": "hamming", "space": "query", "merge": "mass"}
 CLUSTERING = ("num_clusters", "num_bits", "num_iterations", "metric", "implementation")
 
 
@@ -77,7 +76,8 @@ class ClusteredAttention:
         Args:
           **settings: what is to be otherwise, as for the class.
         """
-        return cls(**PAPER | settings)
+        paper: dict[str, Any] = {"metric": "hamming", "space": "query", "merge": "mass"}
+        return cls(**paper | settings)
 
     def __post_init__(self):
         for name in ("num_clusters", "num_bits", "num_iterations"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import clustax
+from clustax.models import WhisperConfig
 from tests.cases import Inputs
 
 
@@ -83,3 +84,18 @@ def largest_error(actual, expected) -> float:
     assert actual.shape == expected.shape
     assert np.isfinite(actual).all()
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 0.1))
+
+
+TINY_WHISPER = WhisperConfig(
+    vocab_size=40,
+    max_source_positions=7,
+    d_model=12,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=8,
+    decoder_layers=1,
+    decoder_attention_heads=2,
+    decoder_ffn_dim=8,
+    eos_token_id=30,
+    begin_suppress_tokens=(),
+)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Times:
@@ -24,8 +26,8 @@ class Times:
     @property
     def quartiles(self) -> tuple[float, float]:
         """Seconds: a quarter of the runs took less than the first, a quarter more."""
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
+        low, high = np.quantile(self.seconds, [0.25, 0.75])
+        return float(low), float(high)
 
 
 def take_turns(

@@ -73,19 +73,6 @@ def variant(name: str, num_clusters: int, topk: int, seed: int) -> Variant:
     return Variant(name, dataclasses.replace(method, **sizes, seed=seed))
 
 
-class Spread(NamedTuple):
-    """The middle of some numbers, and where a quarter of them and three quarters end."""
-
-    median: float
-    quartiles: tuple[float, float]
-
-
-def spread(numbers: Sequence[float]) -> Spread:
-    """The median and the quartiles."""
-    low, median, high = map(float, np.quantile(numbers, [0.25, 0.5, 0.75]))
-    return Spread(median, (low, high))
-
-
 def milliseconds(seconds: float, quartiles: Sequence[float], separator: str = " ") -> str:
     """A median, and half the interquartile range after ±."""
     low, high = quartiles

@@ -34,6 +34,7 @@ from experiments.common.speech import (
     spectrograms,
     whisper_folder,
 )
+from experiments.common.timing import Times
 from experiments.swap import recording, shared
 from experiments.swap.shared import DEFAULT, EXACT, METHODS, PAPER, Variant, cosine
 
@@ -119,8 +120,8 @@ class Transcripts(NamedTuple):
     texts: list[str]
     endless: list[bool]
     cosines: list[float]
-    encoder: shared.Spread  # seconds of a clip
-    decoder: shared.Spread
+    encoder: Times  # seconds of a clip
+    decoder: Times
 
 
 def variants(settings: Settings) -> list[Variant]:
@@ -176,8 +177,8 @@ def join(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[Transcripts]:
             texts=[text for row in rows for text in row["texts"]],
             endless=[endless for row in rows for endless in row["endless"]],
             cosines=[value for row in rows for value in row["cosines"]],
-            encoder=shared.spread([row["encoder_seconds"] for row in rows]),
-            decoder=shared.spread([row["decoder_seconds"] for row in rows]),
+            encoder=Times(tuple(row["encoder_seconds"] for row in rows)),
+            decoder=Times(tuple(row["decoder_seconds"] for row in rows)),
         )
         for rows in zip(*found, strict=True)
     ]

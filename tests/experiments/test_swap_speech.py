@@ -16,23 +16,10 @@ from rich.console import Console
 from clustax.models import Whisper, WhisperConfig
 from experiments.common.bootstrap import ratio_interval
 from experiments.common.speech import Clip, Recognition, count_word_errors
+from experiments.common.timing import Times
 from experiments.swap import recording, shared
 from experiments.swap import speech as task
 from experiments.swap.shared import CLUSTERED, DEFAULT, METHODS, PAPER, Variant
-
-CONFIG = WhisperConfig(
-    vocab_size=40,
-    max_source_positions=7,
-    d_model=12,
-    encoder_layers=1,
-    encoder_attention_heads=2,
-    encoder_ffn_dim=8,
-    decoder_layers=1,
-    decoder_attention_heads=2,
-    decoder_ffn_dim=8,
-    eos_token_id=30,
-    begin_suppress_tokens=(),
-)
 
 
 class FakeTokenizer:
@@ -40,6 +27,9 @@ class FakeTokenizer:
 
     def decode_batch(self, rows):
         return [" ".join(chr(ord("a") + token % 26) for token in row) for row in rows]
+
+
+from tests.helpers import TINY_WHISPER
 
 
 def test_variants():
@@ -85,14 +75,14 @@ def test_summarise_and_join():
 def test_score():
     references = ["one two", "three four five", "six"]
     exact = task.Transcripts(
-        ["one two", "three for five", "six"], [False] * 3, [1.0] * 3, *[shared.spread([1.0])] * 2
+        ["one two", "three for five", "six"], [False] * 3, [1.0] * 3, *[Times((1.0,))] * 2
     )
     swapped = task.Transcripts(
         ["one two", "three four five", "Six six six"],
         [False, False, True],
         [0.5, 0.75, 1.0],
-        shared.spread([0.1, 0.2, 0.3, 0.4, 0.5]),
-        shared.spread([2.0]),
+        Times((0.1, 0.2, 0.3, 0.4, 0.5)),
+        Times((2.0,)),
     )
     row = task.score(shared.variant(PAPER, 7, 5, 0), swapped, exact, references, seed=0)
     assert row[:3] == (PAPER, 7, 5)
@@ -123,7 +113,7 @@ def tiny(monkeypatch):
         return mel[np.resize(np.arange(len(audio)), batch_size)]
 
     monkeypatch.setattr(WhisperConfig, "prompt", (31, 32))
-    model = Whisper(CONFIG, rngs=nnx.Rngs(0))
+    model = Whisper(TINY_WHISPER, rngs=nnx.Rngs(0))
     monkeypatch.setattr(task, "load", lambda *_: (model, FakeTokenizer()))
     monkeypatch.setattr(task, "fetch", lambda settings, _: task.draw_clips(clips, settings))
     monkeypatch.setattr(task, "MAX_TOKENS", 4)

@@ -18,6 +18,7 @@ from rich.console import Console
 from clustax.models import Bert, BertConfig
 from experiments.common import text
 from experiments.common.journal import Journal
+from experiments.common.timing import Times
 from experiments.swap import shared
 from experiments.swap import text as task
 from experiments.swap.shared import CLUSTERED, DEFAULT, PAPER, Variant
@@ -140,12 +141,12 @@ class Probe:
 
 def test_score():
     exact = task.Encoding(
-        np.array([[1.0, 0], [-1, 0], [0.6, 0.8], [1, 0]]), np.ones(4), shared.spread([1.0])
+        np.array([[1.0, 0], [-1, 0], [0.6, 0.8], [1, 0]]), np.ones(4), Times((1.0,))
     )
     swapped = task.Encoding(
         np.array([[1.0, 0], [1, 0], [0.6, -0.8], [0.6, 0.8]]),
         np.array([0.5, 1.0, 1.0, 1.0]),
-        shared.spread([0.4, 0.1, 0.2, 0.3, 0.5]),
+        Times((0.4, 0.1, 0.2, 0.3, 0.5)),
     )
     counts, labels = np.array([30, 10, 10, 10]), ["x", "x", "y", "x"]
     row = task.score(shared.variant(PAPER, 7, 5, 0), swapped, exact, counts, Probe(), labels)
