@@ -101,9 +101,7 @@ def attend(
     0.29
     0.00
     """
-    arrays = _checked_arrays(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
-    )
+    arrays = checked_arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
     _check_settings(topk, merge, num_subclusters, scale)
     query, key = arrays[:2]
     return _attend(
@@ -117,7 +115,7 @@ def attend(
     )
 
 
-def _checked_arrays(
+def checked_arrays(
     query: Any,
     key: Any,
     value: Any,
@@ -167,14 +165,51 @@ def _attend(
     num_subclusters: int,
     implementation: str,
 ) -> Float[Array, "*B T N V"]:
-    """Makes the arguments canonical for the implementations.
+    """Makes the arguments canonical for the implementations: see ``canonical``.
 
-    They get one batch axis; validity and bias of keys, None or of full shape; keys and values that
-    hold zeros where they do not count; int32 clusters that leave padded queries out.
+    Clusters are int32, and leave padded queries out.
     """
-    *batch, length, num_heads, _ = query.shape
-    num_keys, value_dim = value.shape[-3], value.shape[-1]
-    valid = masks.valid_keys(mask, bias, key_value_seq_lengths, num_keys)
+    length, num_heads = query.shape[-3:-1]
+    key, value, bias, valid = canonical(key, value, bias, mask, key_value_seq_lengths, num_heads)
+    if query_seq_lengths is not None:
+        clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
+    clusters = Clusters(*(x.astype(jnp.int32) for x in clusters))
+    out = _ATTEND[implementation](
+        query.reshape(-1, *query.shape[-3:]),
+        key,
+        value,
+        bias,
+        valid,
+        clusters.assignment.reshape(-1, num_heads, length),
+        clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
+        topk=topk,
+        merge=merge,
+        num_subclusters=num_subclusters,
+        scale=scale,
+    )
+    return out.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype)
+
+
+def canonical(
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None,
+    mask: Bool[Array, "*#B #N 1 S"] | None,
+    lengths: Int[Array, "*B"] | None,
+    num_heads: int,
+) -> tuple[
+    Float[Array, "B S _ H"],
+    Float[Array, "B S _ V"],
+    Float[Array, "B N S"] | None,
+    Bool[Array, "B N S"] | None,
+]:
+    """Keys, values, bias and validity of keys with one batch axis.
+
+    Bias and validity are None or of full shape. Keys, values and bias hold zeros where keys do not
+    count.
+    """
+    *batch, num_keys, _, _ = key.shape
+    valid = masks.valid_keys(mask, bias, lengths, num_keys)
     key, value = (masks.drop_keys(x, valid, num_heads) for x in (key, value))
 
     def of_heads(x):  # *B|1 N|1 S -> B N S
@@ -185,23 +220,8 @@ def _attend(
     if bias is not None:
         bias = bias[..., 0, :].astype(jnp.promote_types(bias.dtype, jnp.float32))
         bias = bias if valid is None else jnp.where(valid, bias, 0)
-    if query_seq_lengths is not None:
-        clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
-    clusters = Clusters(*(x.astype(jnp.int32) for x in clusters))
-    out = _ATTEND[implementation](
-        query.reshape(-1, *query.shape[-3:]),
-        key.reshape(-1, *key.shape[-3:]),
-        value.reshape(-1, *value.shape[-3:]),
-        of_heads(bias),
-        of_heads(valid),
-        clusters.assignment.reshape(-1, num_heads, length),
-        clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
-        topk=topk,
-        merge=merge,
-        num_subclusters=num_subclusters,
-        scale=scale,
-    )
-    return out.reshape(*query.shape[:-1], value_dim).astype(query.dtype)
+    key, value = (x.reshape(-1, *x.shape[-3:]) for x in (key, value))
+    return key, value, of_heads(bias), of_heads(valid)
 
 
 def _leave_out(clusters: Clusters, valid: Bool[Array, "*B T"]) -> Clusters:
@@ -284,7 +304,7 @@ def clustered_attention(
     validation.not_causal(is_causal)
     validation.choice("space", space, SPACES)
     _check_settings(topk, merge, num_subclusters, scale)
-    query, key, value, bias, mask, *_ = _checked_arrays(
+    query, key, value, bias, mask, *_ = checked_arrays(
         query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
     )
     about_keys: dict[str, Any] = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}

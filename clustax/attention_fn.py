@@ -105,10 +105,10 @@ class ClusteredAttention:
         key_value_seq_lengths: Int[Array, "*B"] | None = None,
     ) -> Clusters:
         """Finds the clusters that a call with these arguments uses; see :meth:`__call__`."""
-        query, key = _promoted(None, query, key)
+        query, key = promoted(None, query, key)
         about_keys: dict[str, Any] = {
             "key": key,
-            "mask": _as_bool(mask),
+            "mask": as_bool(mask),
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         return cluster_queries(
@@ -169,31 +169,21 @@ class ClusteredAttention:
           NotImplementedError: if a setting of Flax is not supported.
         """
         validation.not_causal(is_causal and jnp.shape(query)[-3] > 1)
-        if dropout_rate > 0 and not deterministic:
-            raise NotImplementedError(
-                f"dropout_rate={dropout_rate} is not supported in clustered attention; build the "
-                "module with dropout_rate=0, and drop out its output instead."
-            )
-        unsupported = {
-            "module": (module, "there are no attention weights to sow: leave sow_weights at False"),
-            "input_positions": (input_positions, "rotate queries and keys before attention"),
-            "qk_attn_weights_einsum": (qk_attn_weights_einsum, "leave it at None"),
-            "attn_weights_value_einsum": (attn_weights_value_einsum, "leave it at None"),
-        }
-        for name, (given, instead) in unsupported.items():
-            if given is not None:
-                raise NotImplementedError(
-                    f"{name} is not supported in clustered attention, got one of type "
-                    f"{type(given).__name__}; {instead}."
-                )
-        query, key, value = _promoted(dtype, query, key, value)
-        arguments = (query, key, value, bias, _as_bool(mask))
+        refuse_unsupported(
+            dropout_rate=0.0 if deterministic else dropout_rate,
+            module=module,
+            input_positions=input_positions,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+        )
+        query, key, value = promoted(dtype, query, key, value)
+        arguments = (query, key, value, bias, as_bool(mask))
         lengths: dict[str, Any] = {
             "query_seq_lengths": query_seq_lengths,
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         attending = {name: getattr(self, name) for name in ATTENDING}
-        with _matmul_precision(precision):
+        with matmul_precision(precision):
             if clusters is None:
                 return clustered_attention(
                     *arguments, **self._clustering(), **attending, **lengths, space=self.space
@@ -212,13 +202,40 @@ class ClusteredAttention:
         return settings | {"rng": jax.random.key(self.seed)}
 
 
-def _promoted(dtype: Any, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays in this dtype; in their common one if None."""
+def refuse_unsupported(*, dropout_rate: float, **settings: Any) -> None:
+    """Checks that Flax does not ask for dropout of attention weights, nor for what hooks into them.
+
+    Args:
+      dropout_rate: the rate in this call, 0 where it is deterministic.
+      **settings: ``module``, ``input_positions``, ``qk_attn_weights_einsum`` and
+        ``attn_weights_value_einsum``, which must be None.
+    """
+    if dropout_rate > 0:
+        raise NotImplementedError(
+            f"dropout_rate={dropout_rate} is not supported, as it is of attention weights; build "
+            "the module with dropout_rate=0, and drop out its output instead."
+        )
+    instead = {
+        "module": "there are no attention weights to sow: leave sow_weights at False",
+        "input_positions": "rotate queries and keys before attention",
+    }
+    for name, given in settings.items():
+        if given is not None:
+            raise NotImplementedError(
+                f"{name} is not supported, got one of type {type(given).__name__}; "
+                f"{instead.get(name, 'leave it at None')}."
+            )
+
+
+def promoted(dtype: Any, *arrays: Array) -> tuple[Array, ...]:
+    """The arrays in this dtype; in their common one if None. One that comes twice stays one."""
     dtype = jnp.result_type(*arrays) if dtype is None else dtype
-    return tuple(jnp.asarray(x, dtype) for x in arrays)
+    converted = {id(x): jnp.asarray(x, dtype) for x in arrays}
+    return tuple(converted[id(x)] for x in arrays)
 
 
-def _as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
+def as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
+    """The mask, which Flax may have made a floating one."""
     return None if mask is None else jnp.asarray(mask, bool)
 
 
@@ -230,7 +247,7 @@ def _of_heads(clusters: Clusters, num_heads: int) -> Clusters:
     return jax.tree.map(lambda x: jnp.repeat(x, num_heads // heads, axis=-2), clusters)
 
 
-def _matmul_precision(
+def matmul_precision(
     precision: str | lax.Precision | None,
 ) -> contextlib.AbstractContextManager:
     """A context in which products have this precision."""
@@ -240,7 +257,7 @@ def _matmul_precision(
         precision = precision.name.lower()
     if not isinstance(precision, str):
         raise NotImplementedError(
-            f"precision={precision!r} is not supported in clustered attention; pass one name or "
-            "jax.lax.Precision for all products."
+            f"precision={precision!r} is not supported; pass one name or jax.lax.Precision for all "
+            "products."
         )
     return jax.default_matmul_precision(precision)

@@ -42,3 +42,12 @@ def drop_keys(
     if valid.shape[-2] > 1 and x.shape[-2] < num_heads:
         x = jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
     return jnp.where(valid, x, 0)
+
+
+def drop_queries(
+    x: Float[Array, "*B T N D"], lengths: Int[Array, "*B"] | None
+) -> Float[Array, "*B T N D"]:
+    """Zeros in place of padded queries (or their outputs), whatever they hold."""
+    if lengths is None:
+        return x
+    return jnp.where(valid_positions(lengths, x.shape[-3])[..., None, None], x, 0)

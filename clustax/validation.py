@@ -29,14 +29,16 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def not_causal(is_causal: bool) -> None:
+CLUSTERS_LEAK = (
+    "queries share the centroid and the top-k keys of their cluster, so later positions would leak "
+    "into earlier ones; use exact attention where it has to be causal"
+)
+
+
+def not_causal(is_causal: bool, why: str = CLUSTERS_LEAK) -> None:
     """Refuses causal attention."""
     if is_causal:
-        raise NotImplementedError(
-            "is_causal=True is not supported: queries share the centroid and the top-k keys of "
-            "their cluster, so later positions would leak into earlier ones; use exact attention "
-            "where it has to be causal."
-        )
+        raise NotImplementedError(f"is_causal=True is not supported: {why}.")
 
 
 def scalar(name: str, value: Any) -> None:

@@ -80,8 +80,7 @@ def attend(
     def grouped(x):  # B N … -> B K G …: G query heads share a key head
         return None if x is None else x.reshape(batch, num_key_heads, -1, *x.shape[2:])
 
-    if bias is not None:
-        bias = bias + lax.stop_gradient(jnp.maximum(bias, LOWEST_BIAS) - bias)
+    bias = raise_bias(bias)
 
     options = {
         "topk": topk,
@@ -105,6 +104,13 @@ def attend(
         head_bytes=4 * (num_heads // num_key_heads) * num_clusters * num_subclusters * num_keys,
     )
     return jnp.swapaxes(out.reshape(batch, num_heads, *out.shape[3:]), 1, 2)
+
+
+def raise_bias(bias: Float[Array, "*L S"] | None) -> Float[Array, "*L S"] | None:
+    """The bias, where it is too low for float32 the lowest that it may be; gradients are kept."""
+    if bias is None:
+        return None
+    return bias + lax.stop_gradient(jnp.maximum(bias, LOWEST_BIAS) - bias)
 
 
 def attend_head(

@@ -1,9 +1,11 @@
 """What several test files do: evaluate a case with all its gradients, and compare."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -84,6 +86,21 @@ def largest_error(actual, expected) -> float:
     assert actual.shape == expected.shape
     assert np.isfinite(actual).all()
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 0.1))
+
+
+def sizes_of(jaxpr):
+    """The number of elements of each array in a jaxpr and in all that it calls.
+
+    Both branches of what depends on the platform are seen.
+    """
+    for equation in jaxpr.eqns:
+        yield from (math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if isinstance(inner, jax.extend.core.Jaxpr):
+                yield from sizes_of(inner)
 
 
 TINY_WHISPER = WhisperConfig(

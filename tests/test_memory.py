@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import pytest
 
 import clustax
 from clustax import clustered_attention
+from tests.helpers import sizes_of
 
 HEADS, HEAD_DIM, CLUSTERS, TOPK, BITS = 6, 64, 100, 32, 64
 MERGES = ("mass", "lse")
@@ -43,18 +43,6 @@ def sizes_in(text):
     """The number of elements of each array that is named in a compiled program."""
     shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
-
-
-def sizes_of(jaxpr):
-    """The same for a jaxpr and all that it calls: both branches of what depends on the platform."""
-    for equation in jaxpr.eqns:
-        yield from (math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
-        for parameter in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                yield from sizes_of(inner)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
