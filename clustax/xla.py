@@ -314,10 +314,10 @@ def select_topk(
     ranks: Float[Array, "C S"], topk: int
 ) -> tuple[Int[Array, "C k"], Bool[Array, "C S"]]:
     """The top-k keys of each cluster, ties going to the lowest index, and which keys are left."""
-    values, index = lax.optimization_barrier(stable_topk(ranks, topk))
-    lowest, last = values[:, -1:], index[:, -1:]
-    positions = jnp.arange(ranks.shape[-1])
-    return index, (ranks < lowest) | ((ranks == lowest) & (positions > last))
+    index = lax.optimization_barrier(stable_topk(ranks, topk)[1])
+    # From the indices: compared with the k-th rank, ranks that XLA computes twice may round apart.
+    rows = jnp.arange(len(ranks))[:, None]
+    return index, jnp.ones(ranks.shape, bool).at[rows, index].set(False)
 
 
 def stable_topk(x: Float[Array, "C S"], k: int) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:

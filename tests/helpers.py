@@ -36,17 +36,18 @@ def attend(inputs: Inputs, **settings) -> jax.Array:
 def outputs_and_gradients(inputs: Inputs, clusters, cotangent, scale, *, settings, implementation):
     """The outputs of ``attend``, and the gradients of their product with ``cotangent``.
 
-    This is done for several settings, pairs of topk and merge, in one program: XLA shares what they
-    have in common, which takes half the time to compile.
+    This is done for several settings (topk, merge, num_subclusters) in one program: XLA shares what
+    they have in common, which takes half the time to compile.
     """
 
-    def of(topk, merge):
+    def of(topk, merge, num_subclusters):
         def outputs(query, key, value, bias, scale):
             return attend(
                 inputs._replace(query=query, key=key, value=value, bias=bias),
                 clusters=clusters,
                 topk=topk,
                 merge=merge,
+                num_subclusters=num_subclusters,
                 scale=scale,
                 implementation=implementation,
             )

@@ -11,29 +11,43 @@ def softmax(logits):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def clustered_weights(query, key, bias, assignment, *, num_clusters, topk, merge, scale):
+def clustered_weights(
+    query, key, bias, assignment, *, num_clusters, topk, merge, num_subclusters, scale
+):
     """The matrix of (improved) clustered attention (T, S) of one head, for its valid keys."""
     weights = np.zeros((len(query), len(key)))
     for cluster in range(num_clusters):
         members = np.flatnonzero(assignment == cluster)
         if len(members) == 0:
             continue
-        own = scale * query[members] @ key.T + bias
-        centroid = scale * query[members].mean(axis=0) @ key.T + bias
-        order = np.argsort(-centroid, kind="stable")  # ties go to the lowest index
+        run = np.arange(len(members)) * num_subclusters // len(members)
+        runs = [np.flatnonzero(run == r) for r in range(num_subclusters) if (run == r).any()]
+        centroids = {
+            run[members_of_run[0]]: scale * query[members[members_of_run]].mean(axis=0) @ key.T
+            + bias
+            for members_of_run in runs
+        }
+        shares = {r: np.mean(run == r) for r in centroids}
+        ranks = sum(shares[r] * softmax(centroids[r]) for r in centroids)
+        ranks = centroids[0] if num_subclusters == 1 else ranks
+        order = np.argsort(-ranks, kind="stable")  # ties go to the lowest index
         top, tail = order[:topk], order[topk:]
+        own = scale * query[members] @ key.T + bias
+        at_centroid = np.stack([centroids[r] for r in run])
         if merge == "lse":
-            own[:, tail] = centroid[tail]
-            weights[members] = softmax(own)
+            own[:, tail] = at_centroid[:, tail]
+            mass = softmax(own)[:, top].sum(axis=1)
         else:
-            weights[members] = softmax(centroid)
-            if len(top):
-                mass = softmax(centroid)[top].sum()
-                weights[np.ix_(members, top)] = mass * softmax(own[:, top])
+            mass = softmax(at_centroid)[:, top].sum(axis=1)
+        if len(top):
+            weights[np.ix_(members, top)] = mass[:, None] * softmax(own[:, top])
+        if len(tail):
+            of_tail = sum(shares[r] * softmax(centroids[r][tail]) for r in centroids)
+            weights[np.ix_(members, tail)] = (1 - mass)[:, None] * of_tail
     return weights
 
 
-def attend(inputs, clusters=None, *, topk=0, merge="mass", scale=None):
+def attend(inputs, clusters=None, topk=0, merge="mass", num_subclusters=1, *, scale=None):
     """``clustax.attend``, or exact attention where ``clusters`` is None."""
     query, key, value = (np.asarray(x, np.float64) for x in inputs[:3])
     *batch, length, num_heads, head_dim = query.shape
@@ -75,6 +89,7 @@ def attend(inputs, clusters=None, *, topk=0, merge="mass", scale=None):
                     num_clusters=clusters.counts.shape[-1],
                     topk=topk,
                     merge=merge,
+                    num_subclusters=num_subclusters,
                     scale=scale,
                 )
             out[entry][:num_valid, head] = weights @ value_
@@ -111,11 +126,15 @@ def kmeans(points, start, num_valid, *, num_iterations, majority):
         )
         if iteration == num_iterations - 1:
             break
+        from_own = np.where(np.arange(len(points)) < num_valid, distances.min(axis=1), -1.0)
         for cluster in range(len(start)):
             members = points[assignment == cluster]
             if len(members):
                 mean = members.mean(axis=0)
                 centroids[cluster] = mean > 0.5 if majority else mean
+            elif cluster < num_valid:  # starts anew at the farthest of each C-th valid point
+                every = np.arange(cluster, num_valid, len(start))
+                centroids[cluster] = points[every[from_own[every].argmax()]]
     return assignment
 
 

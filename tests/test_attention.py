@@ -28,9 +28,13 @@ SOME_CASES = [BY_NAME[name] for name in ("plain", "multi_query_bias", "everythin
 
 
 def settings_of(case):
-    """Both merges, or one where they are the same for want of a top or of a tail."""
-    merges = ("mass", "lse") if 0 < case.topk < case.S else ("mass",)
-    return tuple((case.topk, merge) for merge in merges)
+    """Both merges, or one where they are the same for want of a top or of a tail; sub-clusters."""
+    if case.topk >= case.S:
+        return ((case.topk, "mass", 1),)
+    if case.topk == 0:
+        return ((0, "mass", 1), (0, "mass", 3))
+    merges = [(case.topk, "mass", 1), (case.topk, "lse", 1), (case.topk, "lse", 3)]
+    return (*merges, (case.topk, "mass", 2)) if case in SOME_CASES else tuple(merges)
 
 
 def evaluate(case, inputs, implementation):
@@ -57,13 +61,13 @@ def expected(case):
 def test_outputs_and_gradients(case, implementation):
     inputs = make_inputs(case)
     evaluated = evaluate(case, inputs, implementation)
-    for (topk, merge), (out, gradients), (expected_out, expected_gradients) in zip(
+    for setting, (out, gradients), (expected_out, expected_gradients) in zip(
         settings_of(case), evaluated, expected(case), strict=True
     ):
-        by_hand = oracle.attend(inputs, make_clusters(case), topk=topk, merge=merge, scale=SCALE)
+        by_hand = oracle.attend(inputs, make_clusters(case), *setting, scale=SCALE)
         np.testing.assert_allclose(expected_out, by_hand, rtol=0, atol=1e-12)
         assert out.dtype == jnp.float32
-        assert largest_error(out, by_hand) <= 1e-5, merge
+        assert largest_error(out, by_hand) <= 1e-5, setting
         assert (gradients.bias is None) == (inputs.bias is None)
         for name, gradient in gradients._asdict().items():
             if gradient is not None:
@@ -72,10 +76,17 @@ def test_outputs_and_gradients(case, implementation):
 
 @functools.partial(jax.jit, static_argnames=("settings", "implementation"))
 def outputs(inputs, clusters, settings, implementation):
-    return [
-        attend(inputs, clusters=clusters, topk=topk, merge=merge, implementation=implementation)
-        for topk, merge in settings
-    ]
+    def of(topk, merge, num_subclusters):
+        return attend(
+            inputs,
+            clusters=clusters,
+            topk=topk,
+            merge=merge,
+            num_subclusters=num_subclusters,
+            implementation=implementation,
+        )
+
+    return [of(*setting) for setting in settings]
 
 
 @pytest.mark.parametrize(
@@ -91,11 +102,11 @@ def outputs(inputs, clusters, settings, implementation):
 def test_half_precision_is_as_accurate_as_exact_attention(case, dtype, implementation):
     inputs, clusters, settings = make_inputs(case, dtype), make_clusters(case), settings_of(case)
     exact_error = np.abs(as_numpy(exact_attention(inputs)) - oracle.attend(inputs)).max()
-    for (topk, merge), out in zip(
+    for setting, out in zip(
         settings, outputs(inputs, clusters, settings, implementation), strict=True
     ):
         assert out.dtype == dtype
-        by_hand = oracle.attend(inputs, clusters, topk=topk, merge=merge)
+        by_hand = oracle.attend(inputs, clusters, *setting)
         assert np.abs(as_numpy(out) - by_hand).max() <= 2 * exact_error
 
 

@@ -136,6 +136,7 @@ OF_ATTENTION = [
     ({"topk": 3.0}, "topk must be a Python int, got 3.0"),
     ({"topk": ints()}, "topk must be a Python int, got static"),
     ({"merge": "sum"}, "merge must be one of 'mass', 'lse', got 'sum'"),
+    ({"num_subclusters": 0}, "num_subclusters must be at least 1, got 0"),
     ({"scale": floats(N)}, "scale must be one number, got an array of shape (4,)"),
 ]
 MISTAKES = {

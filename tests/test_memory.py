@@ -59,19 +59,21 @@ def test_no_array_is_quadratic_in_any_branch(merge, metric, space, gradient):
 
 
 @pytest.mark.parametrize(
-    ("merge", "metric", "space", "gradient"),
+    ("settings", "gradient"),
     [
-        ("mass", "hamming", "query", False),
-        ("mass", "hamming", "query", True),
-        ("lse", "euclidean", "logit", True),
+        ({}, False),
+        ({}, True),
+        (
+            {"merge": "lse", "num_subclusters": 4, "metric": "euclidean", "space": "logit"},
+            True,
+        ),
     ],
+    ids=["paper-forward", "paper-gradient", "default-gradient"],
 )
-def test_memory_of_the_compiled_program_is_linear(merge, metric, space, gradient):
+def test_memory_of_the_compiled_program_is_linear(settings, gradient):
     temporaries = []
     for length in (4096, 16384):
-        function, shapes = program(
-            length, gradient=gradient, merge=merge, metric=metric, space=space
-        )
+        function, shapes = program(length, gradient=gradient, **settings)
         compiled = function.lower(*shapes).compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
         sizes = sizes_in(compiled.as_text())

@@ -20,10 +20,12 @@ from tests.helpers import as_numpy, largest_error, outputs_and_gradients, random
 
 B, T, S, N, K, H, V, C = 2, 12, 10, 2, 1, 4, 10, 12  # C = T, and V = S for values that show weights
 SCALE = H**-0.5
-EXACT = [(S, "mass"), (S, "lse")]
-IMPROVED = [(3, "mass"), (3, "lse")]
-PLAIN = [(0, "mass")]
-ALL = (*PLAIN, *IMPROVED, *EXACT)
+# k, how top and tail are merged, and the number of sub-clusters
+EXACT = [(S, "mass", 1), (S, "lse", 1)]
+IMPROVED = [(3, "mass", 1), (3, "lse", 1)]
+PLAIN = [(0, "mass", 1)]
+SPLIT = [(0, "mass", 2), (3, "mass", 2), (3, "lse", 3)]
+ALL = (*PLAIN, *IMPROVED, *SPLIT, *EXACT)
 JUNK = st.sampled_from([np.nan, np.inf, -np.inf, 1e38])
 
 
@@ -119,7 +121,7 @@ def test_topk_of_all_keys_is_exact_attention(implementation, problem, setting):
     assert largest_error(out, oracle.attend(problem.inputs, scale=SCALE)) <= 1e-5
 
 
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED))
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT))
 def test_one_query_per_cluster_is_exact_attention(implementation, problem, setting):
     order = np.random.default_rng(0).permutation(T)
     alone = problem._replace(assignment=np.where(problem.assignment < C, order, C))
@@ -147,12 +149,12 @@ def test_as_many_clusters_as_queries_are_exact_attention(
 
 @given(problem=problems())
 def test_topk_of_no_keys_is_exact_attention_of_centroids(implementation, problem):
-    out, _ = problem.run((0, "mass"), implementation)
+    out, _ = problem.run((0, "mass", 1), implementation)
     at_centroids = problem.inputs._replace(query=problem.centroids())
     assert largest_error(out, oracle.attend(at_centroids, scale=SCALE)) <= 1e-5
 
 
-@given(problem=problems(full=True), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(full=True), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_order_of_keys_does_not_matter(implementation, problem, setting):
     order = np.random.default_rng(0).permutation(S)
     inputs = problem.inputs
@@ -180,7 +182,7 @@ def test_order_of_queries_is_that_of_outputs(implementation, problem, setting):
     assert largest_error(moved_out, out[:, order]) <= 1e-5
 
 
-@given(problem=problems(full=True), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(full=True), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_names_of_clusters_do_not_matter(implementation, problem, setting):
     names = np.random.default_rng(0).permutation(C)
     out, _ = problem.run(setting, implementation)
@@ -188,7 +190,7 @@ def test_names_of_clusters_do_not_matter(implementation, problem, setting):
     assert largest_error(renamed.run(setting, implementation)[0], out) <= 1e-5
 
 
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED, EXACT), junk=JUNK)
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT), junk=JUNK)
 def test_masked_keys_have_no_influence(implementation, problem, setting, junk):
     inputs = problem.inputs
     for_any = counted(inputs).any(axis=1)[..., None, None]  # B S 1 1: the heads share their keys
@@ -220,7 +222,7 @@ def test_masked_keys_have_no_influence(implementation, problem, setting, junk):
     np.testing.assert_array_equal(gradients.bias[:, :, 0][~counted(inputs)], 0)
 
 
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED, EXACT), junk=JUNK)
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT), junk=JUNK)
 def test_padded_queries_get_zeros_and_have_no_influence(implementation, problem, setting, junk):
     inputs = problem.inputs
     padded = np.arange(T) >= inputs.query_seq_lengths[:, None]  # B T
@@ -238,7 +240,7 @@ def test_padded_queries_get_zeros_and_have_no_influence(implementation, problem,
 
 
 @pytest.mark.parametrize("by", ["mask", "bias", "key_value_seq_lengths", "all"])
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_queries_without_keys_get_zeros(implementation, by, problem, setting):
     inputs = problem.inputs
     none = {
@@ -252,7 +254,7 @@ def test_queries_without_keys_get_zeros(implementation, by, problem, setting):
         np.testing.assert_array_equal(x, 0)
 
 
-@given(problem=problems(), setting=settings(IMPROVED))
+@given(problem=problems(), setting=settings(IMPROVED, SPLIT[1:]))
 def test_all_keys_of_the_tail_masked_is_exact_attention(implementation, problem, setting):
     mask = np.zeros_like(problem.inputs.mask)
     mask[..., [1, 4, 5]] = True  # no more than k
@@ -261,7 +263,7 @@ def test_all_keys_of_the_tail_masked_is_exact_attention(implementation, problem,
     assert largest_error(out, expected) <= 1e-5
 
 
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_lowest_number_as_bias_is_weaker_than_a_mask(implementation, problem, setting):
     """Libraries mask by adding the lowest finite number. Masked keys still have no influence."""
     lowest = np.full_like(problem.inputs.bias, np.finfo(np.float32).min)
@@ -275,8 +277,8 @@ def test_lowest_number_as_bias_is_weaker_than_a_mask(implementation, problem, se
 def test_proposition_1(implementation, problem):
     """Attention weights move by no more than queries times the spectral norm of the keys."""
     inputs = problem.inputs
-    exact, _ = problem.run((S, "mass"), implementation, value=showing_weights())
-    plain, _ = problem.run((0, "mass"), implementation, value=showing_weights())
+    exact, _ = problem.run((S, "mass", 1), implementation, value=showing_weights())
+    plain, _ = problem.run((0, "mass", 1), implementation, value=showing_weights())
     centroids = problem.centroids()
     for entry, head in np.ndindex(B, N):
         valid = inputs.query_seq_lengths[entry]
@@ -298,13 +300,13 @@ def test_proposition_2(implementation, problem):
     """Exact logits of the top-k keys take no query's weights further from the exact ones, in L1."""
     exact, plain, improved = (
         problem.run(setting, implementation, value=showing_weights())[0]
-        for setting in ((S, "mass"), (0, "mass"), (3, "mass"))
+        for setting in ((S, "mass", 1), (0, "mass", 1), (3, "mass", 1))
     )
     error, plain_error = (np.abs(x - exact).sum(axis=-1) for x in (improved, plain))
     assert (error <= plain_error + 1e-5).all()
 
 
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_weights_are_a_distribution_over_the_keys_that_count(implementation, problem, setting):
     out, _ = problem.run(setting, implementation, value=showing_weights())
     keys = np.broadcast_to(counted(problem.inputs)[:, None], out.shape)
@@ -322,7 +324,7 @@ def test_merges_agree_where_queries_are_their_centroids(implementation, problem)
     assert largest_error(mass, exact) <= 1e-5
 
 
-@given(problem=problems(full=True), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(full=True), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_equal_queries_get_equal_exact_outputs(implementation, problem, setting):
     query = np.broadcast_to(problem.inputs.query[:, :1], problem.inputs.query.shape)
     one = problem._replace(assignment=np.zeros_like(problem.assignment))
@@ -332,7 +334,7 @@ def test_equal_queries_get_equal_exact_outputs(implementation, problem, setting)
 
 
 @pytest.mark.parametrize("magnitude", [1e4, 1e9, 1e17])
-@given(problem=problems(), setting=settings(PLAIN, IMPROVED, EXACT))
+@given(problem=problems(), setting=settings(PLAIN, IMPROVED, SPLIT, EXACT))
 def test_huge_logits_do_not_overflow(implementation, magnitude, problem, setting):
     query, key = (np.float32(magnitude) * x for x in (problem.inputs.query, problem.inputs.key))
     out, gradients = problem.run(
