@@ -1,11 +1,13 @@
 """``cluster_codes``, ``cluster_queries``, and K-means below them."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.cluster
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,14 +175,16 @@ def test_accelerators_find_the_same_nearest_centroids(accelerator):
     centroids = codes[0, 1, :CLUSTERS]
     distances = (bits[0, 0][:, None] != bits[0, 1][:CLUSTERS]).sum(axis=-1)
     assert (np.sort(distances, axis=1)[:, 0] == np.sort(distances, axis=1)[:, 1]).any()
-    nearest = kmeans._nearest_code(codes[0, 0], centroids)
+    nearest, distance = kmeans._nearest_code(codes[0, 0], centroids)
     np.testing.assert_array_equal(nearest, distances.argmin(axis=1))
+    np.testing.assert_array_equal(distance, distances.min(axis=1))
 
     points = np.random.default_rng(0).integers(-2, 3, size=(LENGTH, 2)).astype(np.float32)
     distances = ((points[:, None] - points[:CLUSTERS]) ** 2).sum(axis=-1)
     assert (np.sort(distances, axis=1)[:, 0] == np.sort(distances, axis=1)[:, 1]).any()
-    nearest = kmeans._nearest_point(jnp.asarray(points), jnp.asarray(points[:CLUSTERS]))
+    nearest, distance = kmeans._nearest_point(jnp.asarray(points), jnp.asarray(points[:CLUSTERS]))
     np.testing.assert_array_equal(nearest, distances.argmin(axis=1))
+    np.testing.assert_array_equal(distance, distances.min(axis=1))
 
 
 def test_cpus_find_the_nearest_centroids():
@@ -203,6 +207,34 @@ def test_accelerators_find_the_same_clusters(metric, request):
     clusters = cluster()
     np.testing.assert_array_equal(clusters.assignment, expected.assignment)
     np.testing.assert_array_equal(clusters.counts, expected.counts)
+
+
+@pytest.mark.parametrize("num_iterations", [3, 5, 10])
+@pytest.mark.parametrize("num_clusters", [25, 100])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_inertia_of_real_queries_is_that_of_scikit_learn(num_clusters, num_iterations):
+    """From one start and with as many iterations; both start empty clusters anew."""
+    query = np.load(Path(__file__).parent / "golden" / "minilm.npz")["query"].astype(np.float32)
+    start = np.random.default_rng(0).integers(len(query), size=num_clusters)  # some come twice
+    assert len(np.unique(start)) < num_clusters
+    clusters = clustax.cluster_queries(
+        jnp.asarray(query),
+        num_clusters=num_clusters,
+        num_iterations=num_iterations,
+        metric="euclidean",
+        initial_positions=jnp.asarray(start),
+    )
+    assert (clusters.counts > 0).all()
+    for head in range(query.shape[1]):
+        points = query[:, head]
+        rival = sklearn.cluster.KMeans(
+            num_clusters, init=points[start], n_init=1, max_iter=num_iterations - 1, tol=0
+        ).fit(points)
+        inertia, rivals_inertia = (
+            oracle.inertia(points, assignment, num_clusters, majority=False)
+            for assignment in (clusters.assignment[head], rival.labels_)
+        )
+        assert inertia <= 1.03 * rivals_inertia
 
 
 @pytest.mark.parametrize("head_bytes", [1, 2 * 2**20, 2**30])
@@ -235,11 +267,13 @@ def test_ones_are_counted_in_fields_of_any_width(width):
 
 @pytest.mark.parametrize("length", [2**16 - 1, 2**16 + 4])
 def test_majorities_of_long_clusters_do_not_overflow(length):
-    """Nearly all codes are 1, and both centroids start there: the first one gets and keeps all."""
+    """Nearly all codes are 1, and both centroids start there: the first one gets all and keeps the
+    ones; the second one starts anew at a zero.
+    """
     codes = (jnp.arange(length) >= 3).astype(jnp.uint32)[:, None]
     cluster = functools.partial(kmeans.hamming, num_bits=1, num_iterations=2)
     _, counts = jax.jit(cluster)(codes, jnp.array([5, 6]), jnp.ones(length, bool))
-    assert counts.tolist() == [length, 0]
+    assert counts.tolist() == [length - 3, 3]
 
 
 def test_start_is_where_it_is_told():
