@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +91,7 @@ def attend(
     0.29
     0.00
     """
-    arrays = _checked_arrays(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
-    )
+    arrays = checked_arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
     _check_settings(topk, merge, scale)
     query, key = arrays[:2]
     return _attend(
@@ -106,7 +104,7 @@ def attend(
     )
 
 
-def _checked_arrays(
+def checked_arrays(
     query: Any,
     key: Any,
     value: Any,
@@ -152,13 +150,46 @@ def _attend(
     merge: str,
     implementation: str,
 ) -> Float[Array, "*B T N V"]:
-    """Makes the arguments canonical for the implementations.
+    out = _ATTEND[implementation](
+        *canonical(
+            query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths, clusters
+        ),
+        topk=topk,
+        merge=merge,
+        scale=scale,
+    )
+    return out.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype)
 
-    They get one batch axis; validity and bias of keys, None or of full shape; keys and values that
-    hold zeros where they do not count; int32 clusters that leave padded queries out.
+
+class Canonical(NamedTuple):
+    """Arguments as the implementations take them.
+
+    There is one batch axis; validity and bias of keys are None or of full shape; keys and values
+    hold zeros where they do not count; padded queries are in no cluster.
     """
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S heads H"]
+    value: Float[Array, "B S heads V"]
+    bias: Float[Array, "B N S"] | None
+    valid: Bool[Array, "B N S"] | None
+    assignment: Int[Array, "B N T"]
+    counts: Int[Array, "B N C"]
+
+
+def canonical(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None,
+    mask: Bool[Array, "*#B #N 1 S"] | None,
+    query_seq_lengths: Int[Array, "*B"] | None,
+    key_value_seq_lengths: Int[Array, "*B"] | None,
+    clusters: Clusters,
+) -> Canonical:
+    """Makes checked arguments canonical."""
     *batch, length, num_heads, _ = query.shape
-    num_keys, value_dim = value.shape[-3], value.shape[-1]
+    num_keys = key.shape[-3]
     valid = masks.valid_keys(mask, bias, key_value_seq_lengths, num_keys)
     key, value = (masks.drop_keys(x, valid, num_heads) for x in (key, value))
 
@@ -173,7 +204,7 @@ def _attend(
     if query_seq_lengths is not None:
         clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
     clusters = Clusters(*(x.astype(jnp.int32) for x in clusters))
-    out = _ATTEND[implementation](
+    return Canonical(
         query.reshape(-1, *query.shape[-3:]),
         key.reshape(-1, *key.shape[-3:]),
         value.reshape(-1, *value.shape[-3:]),
@@ -181,11 +212,7 @@ def _attend(
         of_heads(valid),
         clusters.assignment.reshape(-1, num_heads, length),
         clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
-        topk=topk,
-        merge=merge,
-        scale=scale,
     )
-    return out.reshape(*query.shape[:-1], value_dim).astype(query.dtype)
 
 
 def _leave_out(clusters: Clusters, valid: Bool[Array, "*B T"]) -> Clusters:
@@ -265,7 +292,7 @@ def clustered_attention(
     validation.not_causal(is_causal)
     validation.choice("space", space, SPACES)
     _check_settings(topk, merge, scale)
-    query, key, value, bias, mask, *_ = _checked_arrays(
+    query, key, value, bias, mask, *_ = checked_arrays(
         query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
     )
     about_keys: dict[str, Any] = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}

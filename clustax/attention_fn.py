@@ -100,7 +100,7 @@ class ClusteredAttention:
         query, key = _promoted(None, query, key)
         about_keys: dict[str, Any] = {
             "key": key,
-            "mask": _as_bool(mask),
+            "mask": as_bool(mask),
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         return cluster_queries(
@@ -179,7 +179,7 @@ class ClusteredAttention:
                     f"{type(given).__name__}; {instead}."
                 )
         query, key, value = _promoted(dtype, query, key, value)
-        arguments = (query, key, value, bias, _as_bool(mask))
+        arguments = (query, key, value, bias, as_bool(mask))
         lengths: dict[str, Any] = {
             "query_seq_lengths": query_seq_lengths,
             "key_value_seq_lengths": key_value_seq_lengths,
@@ -190,7 +190,7 @@ class ClusteredAttention:
                 return clustered_attention(
                     *arguments, **self._clustering(), **attending, **lengths, space=self.space
                 )
-            clusters = _of_heads(clusters, query.shape[-2])
+            clusters = of_heads(clusters, query.shape[-2])
             return attend(
                 *arguments,
                 clusters=clusters,
@@ -210,11 +210,12 @@ def _promoted(dtype: Any, *arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
-def _as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
+def as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
+    """The mask as bool, whatever dtype it comes in."""
     return None if mask is None else jnp.asarray(mask, bool)
 
 
-def _of_heads(clusters: Clusters, num_heads: int) -> Clusters:
+def of_heads(clusters: Clusters, num_heads: int) -> Clusters:
     """Clusters for all heads, where those of one serve several; others are left to be checked."""
     heads = clusters.assignment.shape[-2] if isinstance(clusters, Clusters) else num_heads
     if num_heads % heads:

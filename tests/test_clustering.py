@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import clustax
 from clustax import kmeans, lsh
-from clustax.clustering import _to_logit_space
+from clustax.clustering import to_logit_space
 from clustax.heads import map_heads
 from tests import oracle
 from tests.cases import BY_NAME, make_inputs
@@ -370,7 +370,7 @@ class TestLogitSpace:
         rng = np.random.default_rng(seed)
         query = rng.standard_normal((2, 9, 4, 5))
         key = rng.standard_normal((2, 30, 2, 5)) @ rng.standard_normal((5, 5)) + 3
-        transformed = _to_logit_space(
+        transformed = to_logit_space(
             jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32), None, None
         )
         for entry, head in np.ndindex(2, 4):
@@ -469,7 +469,7 @@ class TestLogitSpace:
             "huge": 1e15 * inputs.key,
         }[keys]
         lengths = jnp.zeros(2, jnp.int32) if keys == "none_valid" else None
-        transformed = _to_logit_space(
+        transformed = to_logit_space(
             inputs.query,
             key,
             None,
