@@ -520,7 +520,7 @@ class _Head(NamedTuple):
 
     def weights(self, query: Float[Array, "m H"]) -> Float[Array, "m S"]:
         """Exact attention; zeros where there are no keys."""
-        return self._over(jnp.ones(len(self.keys.key), bool), self.logits(query))
+        return self.softmax(jnp.ones(len(self.keys.key), bool), self.logits(query))
 
     def top(self) -> Bool[Array, "C S"]:
         """Which keys are the top-k ones of each cluster, as ``clustax.attend`` chooses them."""
@@ -529,7 +529,9 @@ class _Head(NamedTuple):
         top = jnp.zeros((len(index), len(self.keys.key)), bool)
         return top.at[clusters, index].set(True)
 
-    def _over(self, where: Bool[Array, "*m S"], logits: Float[Array, "m S"]) -> Float[Array, "m S"]:
+    def softmax(
+        self, where: Bool[Array, "*m S"], logits: Float[Array, "m S"]
+    ) -> Float[Array, "m S"]:
         """Softmax over those of the keys ``where`` that count."""
         where = where if self.keys.valid is None else where & self.keys.valid
         some = where.any(axis=-1, keepdims=True)
@@ -561,7 +563,7 @@ def _improvement_bound(head: _Head) -> tuple[Array, Array]:
     top = head.top()[head.cluster]  # n S
     exact, clustered = head.weights(head.query), head.weights(head.centroids)[head.cluster]
     mass = jnp.sum(clustered, axis=-1, keepdims=True, where=top)
-    improved = jnp.where(top, mass * head._over(top, head.logits(head.query)), clustered)
+    improved = jnp.where(top, mass * head.softmax(top, head.logits(head.query)), clustered)
 
     def distance(weights):
         return jnp.where(head.found, jnp.abs(weights - exact).sum(axis=-1), 0)
