@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,23 +165,10 @@ def _attend(
     num_subclusters: int,
     implementation: str,
 ) -> Float[Array, "*B T N V"]:
-    """Makes the arguments canonical for the implementations: see ``canonical``.
-
-    Clusters are int32, and leave padded queries out.
-    """
-    length, num_heads = query.shape[-3:-1]
-    key, value, bias, valid = canonical(key, value, bias, mask, key_value_seq_lengths, num_heads)
-    if query_seq_lengths is not None:
-        clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
-    clusters = Clusters(*(x.astype(jnp.int32) for x in clusters))
     out = _ATTEND[implementation](
-        query.reshape(-1, *query.shape[-3:]),
-        key,
-        value,
-        bias,
-        valid,
-        clusters.assignment.reshape(-1, num_heads, length),
-        clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
+        *canonical(
+            query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths, clusters
+        ),
         topk=topk,
         merge=merge,
         num_subclusters=num_subclusters,
@@ -190,24 +177,63 @@ def _attend(
     return out.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype)
 
 
+class CanonicalKeys(NamedTuple):
+    """Keys and what belongs to them, with one batch axis.
+
+    Bias and validity are None or of full shape. Keys, values and bias hold zeros where keys do not
+    count.
+    """
+
+    key: Float[Array, "B S heads H"]
+    value: Float[Array, "B S heads V"]
+    bias: Float[Array, "B N S"] | None
+    valid: Bool[Array, "B N S"] | None
+
+
+class Canonical(NamedTuple):
+    """Arguments as the implementations take them: padded queries are in no cluster."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S heads H"]
+    value: Float[Array, "B S heads V"]
+    bias: Float[Array, "B N S"] | None
+    valid: Bool[Array, "B N S"] | None
+    assignment: Int[Array, "B N T"]
+    counts: Int[Array, "B N C"]
+
+
 def canonical(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None,
+    mask: Bool[Array, "*#B #N 1 S"] | None,
+    query_seq_lengths: Int[Array, "*B"] | None,
+    key_value_seq_lengths: Int[Array, "*B"] | None,
+    clusters: Clusters,
+) -> Canonical:
+    """Makes checked arguments canonical."""
+    length, num_heads = query.shape[-3:-1]
+    if query_seq_lengths is not None:
+        clusters = _leave_out(clusters, masks.valid_positions(query_seq_lengths, length))
+    clusters = Clusters(*(x.astype(jnp.int32) for x in clusters))
+    return Canonical(
+        query.reshape(-1, *query.shape[-3:]),
+        *canonical_keys(key, value, bias, mask, key_value_seq_lengths, num_heads),
+        clusters.assignment.reshape(-1, num_heads, length),
+        clusters.counts.reshape(-1, *clusters.counts.shape[-2:]),
+    )
+
+
+def canonical_keys(
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K V"],
     bias: Float[Array, "*#B #N 1 S"] | None,
     mask: Bool[Array, "*#B #N 1 S"] | None,
     lengths: Int[Array, "*B"] | None,
     num_heads: int,
-) -> tuple[
-    Float[Array, "B S _ H"],
-    Float[Array, "B S _ V"],
-    Float[Array, "B N S"] | None,
-    Bool[Array, "B N S"] | None,
-]:
-    """Keys, values, bias and validity of keys with one batch axis.
-
-    Bias and validity are None or of full shape. Keys, values and bias hold zeros where keys do not
-    count.
-    """
+) -> CanonicalKeys:
+    """Makes checked keys canonical, for this number of query heads."""
     *batch, num_keys, _, _ = key.shape
     valid = masks.valid_keys(mask, bias, lengths, num_keys)
     key, value = (masks.drop_keys(x, valid, num_heads) for x in (key, value))
@@ -221,7 +247,7 @@ def canonical(
         bias = bias[..., 0, :].astype(jnp.promote_types(bias.dtype, jnp.float32))
         bias = bias if valid is None else jnp.where(valid, bias, 0)
     key, value = (x.reshape(-1, *x.shape[-3:]) for x in (key, value))
-    return key, value, of_heads(bias), of_heads(valid)
+    return CanonicalKeys(key, value, of_heads(bias), of_heads(valid))
 
 
 def _leave_out(clusters: Clusters, valid: Bool[Array, "*B T"]) -> Clusters:

@@ -188,7 +188,7 @@ class ClusteredAttention:
                 return clustered_attention(
                     *arguments, **self._clustering(), **attending, **lengths, space=self.space
                 )
-            clusters = _of_heads(clusters, query.shape[-2])
+            clusters = of_heads(clusters, query.shape[-2])
             return attend(
                 *arguments,
                 clusters=clusters,
@@ -239,7 +239,7 @@ def as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
     return None if mask is None else jnp.asarray(mask, bool)
 
 
-def _of_heads(clusters: Clusters, num_heads: int) -> Clusters:
+def of_heads(clusters: Clusters, num_heads: int) -> Clusters:
     """Clusters for all heads, where those of one serve several; others are left to be checked."""
     heads = clusters.assignment.shape[-2] if isinstance(clusters, Clusters) else num_heads
     if num_heads % heads:

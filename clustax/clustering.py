@@ -185,7 +185,7 @@ def cluster_queries(
 
     if key is not None:
         valid_keys = masks.valid_keys(mask, None, key_value_seq_lengths, key.shape[-3])
-        query = _to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
+        query = to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
     if planes is None:
         return _run_kmeans(jnp.swapaxes(query, -3, -2), metric=metric, **settings)
     codes = lsh.hash_codes(query, planes)
@@ -193,7 +193,7 @@ def cluster_queries(
 
 
 @jax.jit
-def _to_logit_space(
+def to_logit_space(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
     query_seq_lengths: Int[Array, "*B"] | None,

