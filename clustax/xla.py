@@ -323,7 +323,7 @@ def select_topk(
 def stable_topk(x: Float[Array, "C S"], k: int) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
     """``lax.top_k`` by blocks: the top k are in the k blocks of largest maximum."""
     rows, length = x.shape
-    block = 1 << max(0, round(math.log2(math.sqrt(length / k))))
+    block = 1 << max(0, round(math.log2(math.sqrt(length / max(1, k)))))
     num_blocks = -(-length // block)
     if 8 * (num_blocks + k * block) > length:
         values, index = lax.top_k(x, k)

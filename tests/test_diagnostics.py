@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clustax
-from clustax import ClusteredAttention, Clusters, diagnostics
+from clustax import ClusteredAttention, Clusters, baselines, diagnostics
 from clustax.diagnostics import approximation_error, measure_layers, operations, recommend
 from clustax.models import Encoder
 from clustax.nnx import ClusteredMultiHeadAttention
@@ -125,6 +125,24 @@ def test_mass_and_bounds(name, topk):
             np.testing.assert_allclose(one, dense, rtol=1e-5, atol=2e-6)
 
 
+def test_mass_of_sub_clusters():
+    """Chosen and weighed by the mean of attention at their centroids."""
+    case = BY_NAME["plain"]
+    inputs, clusters = make_inputs(case), make_clusters(case)
+    mass = diagnostics.kept_mass(
+        inputs.query, inputs.key, clusters=clusters, topk=5, num_subclusters=3, sample=LARGE
+    )
+    clustered = dense_weights(inputs, clusters, num_subclusters=3)
+    top = np.argsort(-clustered, axis=-1, kind="stable")[..., :5]
+    at_queries = np.take_along_axis(dense_weights(inputs), top, axis=-1).sum(axis=-1)
+    np.testing.assert_allclose(mass.at_queries, at_queries, rtol=1e-5)
+    of_queries = np.take_along_axis(clustered, top, axis=-1).sum(axis=-1)
+    at_centroids = np.take_along_axis(
+        np.asarray(mass.at_centroids), np.asarray(clusters.assignment), axis=-1
+    )
+    np.testing.assert_allclose(at_centroids, of_queries, rtol=1e-5)
+
+
 @given(
     seed=st.integers(0, 2**31 - 1),
     magnitude=st.sampled_from([0.1, 1.0, 5.0]),
@@ -166,9 +184,9 @@ def error_of(inputs, attention, sample=LARGE, **others):
 def test_approximation_error(sample):
     inputs = make_inputs(EVERYTHING)
     junk = with_junk(inputs)
-    attention = ClusteredAttention(num_clusters=4, topk=3, scale=0.7, merge="mass")
+    attention = ClusteredAttention(4, 3, "mass", num_subclusters=2, scale=0.7)
     clusters = attention.cluster(junk.query, junk.key, junk.mask, **lengths(junk))
-    out = oracle.attend(inputs, clusters, topk=3, merge="mass", scale=0.7)
+    out = oracle.attend(inputs, clusters, 3, "mass", 2, scale=0.7)
     exact = oracle.attend(inputs, scale=0.7)
     rows = [np.arange(length) for length in EVERYTHING.query_lengths]
     if sample < LARGE:
@@ -246,7 +264,7 @@ def test_attention_weights():
     junk, clusters = with_junk(inputs), make_clusters(EVERYTHING)
     arguments = (junk.query, junk.key, junk.bias, junk.mask)
     weights = partial(diagnostics.attention_weights, *arguments, **lengths(junk))
-    exact = weights(attention=diagnostics.exact_attention)
+    exact = weights(attention=baselines.exact)
     np.testing.assert_allclose(exact, dense_weights(inputs), atol=2e-6)
     for merge in ("mass", "lse"):
         settings = {"topk": 3, "merge": merge}
@@ -301,7 +319,8 @@ def test_operations():
     assert count(paper) == plain
     default = ClusteredAttention(num_clusters=4, topk=100, num_iterations=3)
     kmeans = 3 * 10 * 4 * 3 + 2 * 10 * 3
-    assert count(default) == 30 * 9 + kmeans + 10 * 3 + 4 * 20 * 8 + 10 * 20 * 8
+    centroids = 4 * 20 * (4 * 3 + 5)  # four sub-clusters
+    assert count(default) == 30 * 9 + kmeans + 10 * 3 + centroids + 10 * 20 * 8
 
 
 def test_recommend():
@@ -374,7 +393,14 @@ def figures_of(attention, query, key, value, **given):
     return diagnostics.LayerFigures(
         approximation_error(query, key, value, attention=attention, **given),
         diagnostics.occupancy(clusters),
-        diagnostics.kept_mass(query, key, clusters=clusters, topk=attention.topk, **given),
+        diagnostics.kept_mass(
+            query,
+            key,
+            clusters=clusters,
+            topk=attention.topk,
+            num_subclusters=attention.num_subclusters,
+            **given,
+        ),
     )
 
 
