@@ -4,6 +4,7 @@
 #   make test     tests and the examples in the documentation
 #   make check    format, lint, types, and make test
 #   make scaling  time and memory against exact attention
+#   make pareto   error against time, for many settings
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
@@ -23,7 +24,7 @@ ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(installed)
 endif
 
-.PHONY: demo speech test check format scaling publish clean
+.PHONY: demo speech test check format scaling pareto publish clean
 
 demo: $(installed)
 	$(swap) text
@@ -47,11 +48,15 @@ format: $(installed)
 scaling: $(installed)
 	$(python) -m experiments.scaling
 
+pareto: $(installed)
+	$(python) -m experiments.pareto
+
 publish: $(installed)
 	$(swap) text --output $(results)/pretrained_swap_text
 	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
 	$(swap) speech --output $(results)/pretrained_swap_speech
 	$(python) -m experiments.scaling --output $(results)/scaling
+	$(python) -m experiments.pareto --output $(results)/pareto
 	$(python) -m experiments.tables
 
 clean:

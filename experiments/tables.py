@@ -112,7 +112,42 @@ def scaling(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(('T', *names, 'faster by'), rows)}\n\n{caption}"
 
 
+def pareto(record: Mapping[str, Any]) -> str:
+    """The tables of experiments.pareto, one a source."""
+    sizes = ("num_clusters", "topk", "num_subclusters")
+    header = ("attention", "C", "k", "R", "error", "cosine", "ms", "ms of exact", "Mops")
+    parts = []
+    for source, (_, length, heads, head_dim) in record["shapes"].items():
+        found = [row for row in record["rows"] if row["source"] == source]
+        exact = next(row for row in found if row["attention"] == "exact")
+        rows = [
+            (
+                f"{row['attention']}{'' if 'seconds' in row['frontiers'] else ' *'}",
+                *("" if row[size] is None else str(row[size]) for size in sizes),
+                f"{row['error']:.3f}",
+                f"{row['cosine']:.4f}",
+                f"{1000 * row['seconds']:.1f}",
+                f"{1000 * exact['seconds']:.1f}",
+                f"{row['operations'] / 1e6:.1f}",
+            )
+            for row in sorted(found, key=lambda row: row["seconds"])
+            if row["listed"]
+        ]
+        title = f"{source}, T = {length}, {heads} heads of {head_dim}:"
+        parts.append(f"{title}\n\n{markdown_table(header, rows)}")
+    settings, layers = record["settings"], record["layers"]
+    where = "; ".join(
+        f"{source}: {settings['documents']} × {len(layers[source])} layers" for source in layers
+    )
+    caption = (
+        f"Means over {where}; medians for a layer of one batch entry, of {settings['rounds']} runs "
+        f"on each, on {record['device']}, jax {record['versions']['jax']}."
+    )
+    return "\n\n".join([*parts, caption])
+
+
 SECTIONS = {
+    "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
     "pretrained_swap_speech": swap_speech,

@@ -63,3 +63,37 @@ def test_speech_table_shows_where_clustered_attention_loses():
         "| 470 |"
     )
     assert table[-1].startswith("Whisper base, 200 clips (asterisk) of 8.0 minutes; medians")
+
+
+def test_pareto_tables_list_the_frontier_and_mark_what_is_not_on_it():
+    exact = {
+        "source": "random",
+        "attention": "exact",
+        "num_clusters": None,
+        "topk": None,
+        "num_subclusters": None,
+        "error": 0.0,
+        "cosine": 1.0,
+        "seconds": 0.08,
+        "operations": 288_000_000,
+        "frontiers": [],
+        "listed": False,
+    }
+    slow = exact | {"attention": "slow", "num_clusters": 100, "seconds": 0.05, "listed": True}
+    fast = slow | {"attention": "fast", "topk": 32, "error": 0.1234, "seconds": 0.0212}
+    rows = [exact, slow, fast | {"frontiers": ["seconds"]}, exact | {"source": "minilm"}]
+    record = {
+        "settings": {"documents": 3, "rounds": 2},
+        "layers": {"random": [0]},
+        "shapes": {"random": [1, 1500, 6, 64]},
+        "device": "cpu",
+        "versions": {"jax": "1"},
+        "rows": rows,
+    }
+    table = tables.pareto(record).splitlines()
+    assert table[0] == "random, T = 1500, 6 heads of 64:"
+    assert table[4:6] == [
+        "| fast | 100 | 32 |  | 0.123 | 1.0000 | 21.2 | 80.0 | 288.0 |",
+        "| slow * | 100 |  |  | 0.000 | 1.0000 | 50.0 | 80.0 | 288.0 |",
+    ]
+    assert len(table) == 8
