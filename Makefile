@@ -55,6 +55,10 @@ publish: $(installed)
 	$(swap) text --output $(results)/pretrained_swap_text
 	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
 	$(swap) speech --output $(results)/pretrained_swap_speech
+	$(swap) speech --model base --prompts 64 --clusters 100 --topk 32 \
+	  --output $(results)/pretrained_swap_speech_base
+	$(swap) speech --clips pocketsphinx --clusters 100 --topk 32 \
+	  --output $(results)/pretrained_swap_speech_clips
 	$(python) -m experiments.scaling --output $(results)/scaling
 	$(python) -m experiments.pareto --output $(results)/pareto
 	$(python) -m experiments.tables

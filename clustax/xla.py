@@ -276,18 +276,26 @@ def attend_subclusters(
     if logits.shape[1] == 1:
         mean, lse = attend_keys(logits[:, 0], value)
         return mean, lse[:, None]
-    lse = jax.nn.logsumexp(logits, axis=-1)  # C R
-    return weigh(mean_weights(logits, lse, subclusters), value), lse
+    shift, total = softmax_parts(logits)
+    weights = mean_weights(logits, shift, subclusters.share / total)
+    return weigh(weights, value), shift + jnp.log(total)
+
+
+def softmax_parts(
+    logits: Float[Array, "C R S"],
+) -> tuple[Float[Array, "C R"], Float[Array, "C R"]]:
+    """The largest logits, and the sums of the exponentials of all that are shifted by them."""
+    shift = lax.stop_gradient(jnp.max(logits, axis=-1))
+    return shift, jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
 
 
 def mean_weights(
-    logits: Float[Array, "C R S"], lse: Float[Array, "C R"], subclusters: Subclusters
+    logits: Float[Array, "C R S"], shift: Float[Array, "C R"], factor: Float[Array, "C R"]
 ) -> Float[Array, "C S"]:
-    """The mean over sub-clusters of their softmax, given the log-sum-exp of their logits."""
-    share = subclusters.share
+    """The sum over sub-clusters of the exponentials of shifted logits, times factors."""
 
     def weights(r: int) -> Float[Array, "C S"]:
-        return share[:, r, None] * jnp.exp(logits[:, r] - lse[:, r, None])
+        return factor[:, r, None] * jnp.exp(logits[:, r] - shift[:, r, None])
 
     # A sum over the middle axis in one go is ten times slower on a CPU.
     return sum((weights(r) for r in range(1, logits.shape[1])), weights(0))
@@ -307,7 +315,8 @@ def rank_keys(logits: Float[Array, "C R S"], subclusters: Subclusters) -> Float[
     """What the top-k keys of a cluster have most of: weight, or logits, which is the same order."""
     if logits.shape[1] == 1:
         return logits[:, 0]
-    return mean_weights(logits, jax.nn.logsumexp(logits, axis=-1), subclusters)
+    shift, total = softmax_parts(logits)
+    return mean_weights(logits, shift, subclusters.share / total)
 
 
 def select_topk(

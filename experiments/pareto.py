@@ -59,7 +59,7 @@ RANDOM_SHAPE = (1, 1500, 6, 64)
 
 CLUSTERS = (25, 50, 100, 200)
 TOPK = (16, 32, 64)
-"""The sizes of the default and of the paper's setting."""
+"""The sizes of the default, of the default without sub-clusters, and of the paper's setting."""
 VARIED_SIZES = ((100, 32), (25, 32))
 """The sizes, C and k, in which one thing at a time is not as in the default."""
 VARIATIONS: tuple[dict[str, Any], ...] = (
@@ -67,9 +67,10 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
     {"metric": "euclidean"},
     *({"space": space} for space in ("query", "logit")),
     *({"merge": merge} for merge in ("mass", "lse")),
-    *({"num_subclusters": runs} for runs in (1, 2, 4, 8)),
+    *({"num_subclusters": runs} for runs in (2, 8)),
     *({"num_iterations": count} for count in (1, 3, 5, 10)),
 )
+WHOLE = "improved (default, num_subclusters=1)"
 ORACLE = "oracle top-k"
 VARIED = "improved (default, one thing changed)"
 
@@ -158,10 +159,14 @@ class Candidate(NamedTuple):
 
 def candidates(seed: int) -> list[Candidate]:
     """All that are compared, exact attention first."""
-    methods = {DEFAULT: ClusteredAttention(seed=seed), PAPER: ClusteredAttention.paper(seed=seed)}
+    methods = {
+        DEFAULT: ClusteredAttention(seed=seed),
+        WHOLE: ClusteredAttention(num_subclusters=1, seed=seed),
+        PAPER: ClusteredAttention.paper(seed=seed),
+    }
     sizes = [{"num_clusters": count, "topk": topk} for count in CLUSTERS for topk in TOPK]
     in_all_sizes = [
-        Candidate(name, attention, attention == method)
+        Candidate(name, attention, attention == method and name != WHOLE)
         for name, method in methods.items()
         for attention in (dataclasses.replace(method, **size) for size in sizes)
     ]
@@ -484,6 +489,7 @@ WORST = 1.5
 """Where larger errors are drawn, with their value: an output of zeros has an error of 1."""
 FAMILIES: dict[str, dict[str, Any]] = {
     DEFAULT: {"color": "C0", "marker": "o"},
+    WHOLE: {"color": "C2", "marker": "^"},
     VARIED: {"color": "C0", "marker": "+"},
     PAPER: {"color": "C1", "marker": "s"},
     "others": {"color": "0.35", "marker": "D"},

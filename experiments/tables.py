@@ -151,6 +151,8 @@ SECTIONS = {
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
     "pretrained_swap_speech": swap_speech,
+    "pretrained_swap_speech_base": swap_speech,
+    "pretrained_swap_speech_clips": swap_speech,
     "scaling": scaling,
 }
 
