@@ -118,6 +118,7 @@ def test_one_query_may_be_causal():
         {"num_bits": 0},
         {"num_iterations": 0},
         {"merge": "sum"},
+        {"num_subclusters": 0},
         {"metric": "cosine"},
         {"space": "key"},
         {"implementation": "cuda"},

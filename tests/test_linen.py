@@ -301,7 +301,14 @@ def test_two_layers_share_clusters():
     )
     mask = PADDING.astype(bool)
     attended = clustax.attend(
-        query, key, value, mask=mask, clusters=clusters, topk=ROUGH.topk, merge=ROUGH.merge
+        query,
+        key,
+        value,
+        mask=mask,
+        clusters=clusters,
+        topk=ROUGH.topk,
+        merge=ROUGH.merge,
+        num_subclusters=ROUGH.num_subclusters,
     )
     expected = y + jnp.einsum("btnh,nhf->btf", attended, second["params"]["out"]["kernel"])
     assert largest_error(stack.apply(variables, X, PADDING), expected) < 1e-5

@@ -288,6 +288,7 @@ def test_two_layers_share_clusters(monkeypatch):
         clusters=clusters,
         topk=ROUGH.topk,
         merge=ROUGH.merge,
+        num_subclusters=ROUGH.num_subclusters,
     )
     monkeypatch.setattr("clustax.attention_fn.cluster_queries", None)  # nothing is clustered again
     out = second(X, mask=PADDING, clusters=clusters)

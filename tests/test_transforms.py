@@ -18,6 +18,7 @@ SETTINGS = {
     "num_clusters": 5,
     "topk": 6,
     "merge": "lse",
+    "num_subclusters": 2,
     "num_iterations": 3,
     "metric": "hamming",
     "space": "query",
