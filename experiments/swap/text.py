@@ -290,7 +290,7 @@ def _draw_curves(figure: SubFigure, scores: Sequence[Score]) -> None:
     panels = figure.subplots(1, len(titles))
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         axes.set(title=title, xlabel="clusters", xscale="log")
-        for marker, attention in zip("osD^", COMPARED, strict=False):
+        for marker, attention in zip("osD^v", COMPARED, strict=True):
             values = [getattr(row, name) for row in clustered if row.attention == attention]
             axes.plot(counts, values, marker=marker, label=attention)
         axes.axhline(getattr(exact, name), color="black", linewidth=1, linestyle=":", label=EXACT)
@@ -298,7 +298,7 @@ def _draw_curves(figure: SubFigure, scores: Sequence[Score]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
 
 def make_table(scores: Sequence[Score]) -> Table:
