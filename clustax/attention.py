@@ -55,7 +55,7 @@ def attend(
     runs of about equal size, each with a centroid of its own. The weights :math:`A^c_j` by which
     keys are chosen are then the mean of the softmax at these R centroids, and so are the weights
     of the tail; the split :math:`w_i` is that of the query's own run. It costs R times as many
-    centroid logits, and nothing else.
+    logits at centroids, and their exponentials.
 
     Everything but ``clusters`` is differentiable. Products are accumulated and the softmax is taken
     in at least float32. A key that is masked, padding, or biased by -inf has no influence on
