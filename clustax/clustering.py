@@ -45,7 +45,8 @@ def cluster_codes(
     :math:`h_i` differ from the centroids :math:`c_j` of their clusters :math:`j(i)`: codes are
     assigned to the nearest centroid (ties to the lowest index), and a centroid becomes the majority
     of its members in each bit (a draw gives 0). A centroid that has lost all its members moves to a
-    code that is far from its own: of each C-th code, from the index of the cluster on, the farthest.
+    code that is far from its own: of each C-th code, from the index of the cluster on, the
+    farthest.
 
     Args:
       codes: codes of :func:`clustax.hash_codes`, for each batch entry, head and query.
