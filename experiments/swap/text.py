@@ -290,7 +290,7 @@ def _draw_curves(figure: SubFigure, scores: Sequence[Score]) -> None:
     panels = figure.subplots(1, len(titles))
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         axes.set(title=title, xlabel="clusters", xscale="log")
-        for marker, attention in zip("osD^v", COMPARED, strict=True):
+        for marker, attention in zip("osD^v", COMPARED, strict=False):
             values = [getattr(row, name) for row in clustered if row.attention == attention]
             axes.plot(counts, values, marker=marker, label=attention)
         axes.axhline(getattr(exact, name), color="black", linewidth=1, linestyle=":", label=EXACT)
