@@ -346,16 +346,17 @@ def clustered_attention(
         implementation=implementation,
         **(about_keys if space == "logit" else {}),
     )
+    # Where each query is a cluster its centroid has the exact weights of all keys already.
+    alone = query.shape[-3] <= num_clusters
     return attend(
         query,
         key,
         value,
         bias,
         clusters=clusters,
-        # Where each query is a cluster its centroid has the exact weights of all keys already.
-        topk=0 if query.shape[-3] <= num_clusters else topk,
+        topk=0 if alone else topk,
         merge=merge,
-        num_subclusters=1 if query.shape[-3] <= num_clusters else num_subclusters,
+        num_subclusters=1 if alone else num_subclusters,
         scale=scale,
         implementation=implementation,
         **about_keys,

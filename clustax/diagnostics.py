@@ -593,7 +593,7 @@ def _figure(
     key = jnp.swapaxes(each.key, 1, 2)
     key = jnp.repeat(key, num_heads // key.shape[1], axis=1)  # B N S H
     positions = positions.reshape(-1, positions.shape[-1])  # B n
-    bias = None if each.bias is None else jnp.maximum(each.bias, xla.LOWEST_BIAS)
+    bias = xla.raise_bias(each.bias)
 
     def head(query, key, bias, valid, assignment, counts, positions):
         return figure(

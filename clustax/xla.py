@@ -276,29 +276,24 @@ def attend_subclusters(
     if logits.shape[1] == 1:
         mean, lse = attend_keys(logits[:, 0], value)
         return mean, lse[:, None]
-    shift, total = softmax_parts(logits)
-    weights = mean_weights(logits, shift, subclusters.share / total)
-    return weigh(weights, value), shift + jnp.log(total)
+    weights, lse = mean_softmax(logits, subclusters)
+    return weigh(weights, value), lse
 
 
-def softmax_parts(
-    logits: Float[Array, "C R S"],
-) -> tuple[Float[Array, "C R"], Float[Array, "C R"]]:
-    """The largest logits, and the sums of the exponentials of all that are shifted by them."""
+def mean_softmax(
+    logits: Float[Array, "C R S"], subclusters: Subclusters
+) -> tuple[Float[Array, "C S"], Float[Array, "C R"]]:
+    """The mean over sub-clusters of their softmax over keys; log-sum-exp of each."""
     shift = lax.stop_gradient(jnp.max(logits, axis=-1))
-    return shift, jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
-
-
-def mean_weights(
-    logits: Float[Array, "C R S"], shift: Float[Array, "C R"], factor: Float[Array, "C R"]
-) -> Float[Array, "C S"]:
-    """The sum over sub-clusters of the exponentials of shifted logits, times factors."""
+    total = jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
+    factor = subclusters.share / total
 
     def weights(r: int) -> Float[Array, "C S"]:
         return factor[:, r, None] * jnp.exp(logits[:, r] - shift[:, r, None])
 
     # A sum over the middle axis in one go is ten times slower on a CPU.
-    return sum((weights(r) for r in range(1, logits.shape[1])), weights(0))
+    mean = sum((weights(r) for r in range(1, logits.shape[1])), weights(0))
+    return mean, shift + jnp.log(total)
 
 
 def weigh(weights: Float[Array, "*L n S"], value: Float[Array, "*L S V"]) -> Float[Array, "*L n V"]:
@@ -315,8 +310,7 @@ def rank_keys(logits: Float[Array, "C R S"], subclusters: Subclusters) -> Float[
     """What the top-k keys of a cluster have most of: weight, or logits, which is the same order."""
     if logits.shape[1] == 1:
         return logits[:, 0]
-    shift, total = softmax_parts(logits)
-    return mean_weights(logits, shift, subclusters.share / total)
+    return mean_softmax(logits, subclusters)[0]
 
 
 def select_topk(

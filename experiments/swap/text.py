@@ -4,6 +4,7 @@ How far do its token vectors and document embeddings move, does a classifier of 
 notice, what does it cost?
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -290,7 +291,7 @@ def _draw_curves(figure: SubFigure, scores: Sequence[Score]) -> None:
     panels = figure.subplots(1, len(titles))
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         axes.set(title=title, xlabel="clusters", xscale="log")
-        for marker, attention in zip("osD^v", COMPARED, strict=False):
+        for marker, attention in zip(itertools.cycle("osD^v"), COMPARED, strict=False):
             values = [getattr(row, name) for row in clustered if row.attention == attention]
             axes.plot(counts, values, marker=marker, label=attention)
         axes.axhline(getattr(exact, name), color="black", linewidth=1, linestyle=":", label=EXACT)
