@@ -91,15 +91,15 @@ def _lloyd(
 
     def step(_, centroids):
         assignment, counts, distance = assign(centroids)
-        farthest, distance = _farthest(distance, num_clusters)
-        reseeded = jnp.where(distance[:, None] >= 0, points[farthest], centroids)
+        index, distance = farthest(distance, num_clusters)
+        reseeded = jnp.where(distance[:, None] >= 0, points[index], centroids)
         return jnp.where(counts[:, None] > 0, update(assignment, counts), reseeded)
 
     centroids = lax.fori_loop(0, num_iterations - 1, step, points[start])
     return assign(centroids)[:2]
 
 
-def _farthest(
+def farthest(
     distance: Shaped[Array, " T"], num_clusters: int
 ) -> tuple[Int[Array, " C"], Shaped[Array, " C"]]:
     """The largest distance of each C-th query from j on, for every j, and where it is."""

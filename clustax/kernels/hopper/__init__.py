@@ -1,0 +1,77 @@
+"""Bodies of the kernels for Hopper GPUs, in Mosaic GPU: forward passes, in bfloat16.
+
+A warpgroup works on 64 rows at a time, in the registers that its matrix unit wants: ``ROWS`` and
+``COLUMNS`` are the layouts of what belongs to a row or to a column of a product.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float, Shaped
+
+HEIGHT = 64  # rows of a product of a warpgroup
+WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
+ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def matrices(*shape: int, swizzle: int = 128) -> Any:
+    """Shared memory for operands of products, whose rows are multiples of ``swizzle`` bytes."""
+    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n m"]:
+    """What belongs to each row, for every element of it."""
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def of_columns(ref: Any, shape: tuple[int, int]) -> Shaped[Array, "n m"]:
+    """What belongs to each column, in shared memory, for every element of it."""
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMNS), shape, (1,))
+
+
+def load_rows(ref: Any) -> Shaped[Array, " n"]:
+    """What belongs to each row, in global memory."""
+    return plgpu.load(ref, layout=ROWS, optimized=False)
+
+
+def launch(
+    name: str,
+    body: Callable[..., None],
+    operands: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: dict[str, int],
+    interpret: bool,
+) -> list[Array]:
+    """Runs ``body`` on references to operands and outputs, for every point of a grid."""
+    body.__name__ = name  # how profilers show it
+    return plgpu.kernel(
+        body,
+        out_type=list(outputs),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*operands)
+
+
+def bfloat16_parts(x: Float[Array, "..."], number: int = 2) -> list[BFloat16[Array, "..."]]:
+    """Arrays whose sum is ``x`` but for rounding: each holds eight bits more of it."""
+    parts = []
+    for _ in range(number):
+        # XLA may leave out a conversion there and back, but not this.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
+
+
+def pad(x: Shaped[Array, "..."], axis: int, multiple: int, value: Any = 0) -> Shaped[Array, "..."]:
+    """Lengthens an axis to a multiple."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value)

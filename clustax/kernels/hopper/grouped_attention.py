@@ -1,0 +1,121 @@
+"""Attention of tiles of queries over the top-k keys of their clusters, on Hopper GPUs.
+
+A block of threads has one tile: 64 queries of one cluster against its k keys, which are in shared
+memory at once, and the merge with the tail.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float, Int
+
+from clustax.kernels import hopper
+
+
+def grouped_attention(
+    query: BFloat16[Array, "G L 64 H"],
+    cluster: Int[Array, "G L"],
+    key: BFloat16[Array, "G C k H"],
+    value: BFloat16[Array, "G C k V"],
+    addend: Float[Array, "G C k"] | None,
+    tail_mean: Float[Array, "G C V"] | None,
+    tail_lse: Float[Array, "G L 64"] | None,
+    top_lse: Float[Array, "G L 64"] | None,
+    *,
+    scale: Float[Array, ""],
+    interpret: bool = False,
+) -> BFloat16[Array, "G L 64 V"]:
+    """Attention of each query over the keys of its tile's cluster, merged with the tail.
+
+    Args:
+      query: queries, in tiles of one cluster each.
+      cluster: the cluster of each tile.
+      key: the top-k keys of each cluster.
+      value: their values.
+      addend: what is added to their logits.
+      tail_mean: attention of each cluster over all other keys; None if there are none.
+      tail_lse: for each query the log-sum-exp of the logits of these.
+      top_lse: for each query what the top-k keys weigh against the tail; its own log-sum-exp of
+        their logits if None.
+      scale: factor of the logits.
+      interpret: whether to run without a GPU.
+    """
+    value_dim = value.shape[-1]
+    if addend is None:
+        addend = jnp.zeros(key.shape[:3], jnp.float32)
+    addend = hopper.pad(addend, 2, 32, -jnp.inf)
+    query = hopper.pad(query, 3, hopper.WIDTH)
+    key, value = (hopper.pad(hopper.pad(x, 2, 32), 3, hopper.WIDTH) for x in (key, value))
+    arrays = [query, cluster, jnp.reshape(scale, 1).astype(jnp.float32), key, value, addend]
+    has_tail = tail_mean is not None
+    if tail_mean is not None:
+        arrays += [hopper.pad(tail_mean, 2, hopper.WIDTH), tail_lse]
+    if top_lse is not None:
+        arrays.append(top_lse)
+    num_heads, num_tiles, height, head_dim = query.shape
+    topk, width = value.shape[2:]
+    logits_shape, out_shape = (height, topk), (height, width)
+    swizzle = 128 if topk % 64 == 0 else 64  # as rows of weights ask for
+
+    def body(query_ref, cluster_ref, scale_ref, key_ref, value_ref, addend_ref, *refs):
+        *tail_refs, out_ref = refs
+        head, tile = lax.axis_index("head"), lax.axis_index("tile")
+        own = cluster_ref[head, tile]
+
+        def work(query, key, value, addend, mean, weight, out, ready):
+            plgpu.copy_gmem_to_smem(query_ref.at[head, tile], query, ready)
+            plgpu.copy_gmem_to_smem(key_ref.at[head, own], key, ready)
+            plgpu.copy_gmem_to_smem(value_ref.at[head, own], value, ready)
+            plgpu.copy_gmem_to_smem(addend_ref.at[head, own], addend, ready)
+            if has_tail:
+                plgpu.copy_gmem_to_smem(tail_refs[0].at[head, own], mean, ready)
+                lse_of_tail = hopper.load_rows(tail_refs[1].at[head, tile])
+            plgpu.barrier_wait(ready)
+
+            def multiply(left, right):
+                def run(products):
+                    plgpu.wgmma(products, left, right)
+                    return products[...]
+
+                return run
+
+            logits = pl.run_scoped(multiply(query, key.transpose((1, 0))), plgpu.ACC(logits_shape))
+            logits = scale_ref[0] * logits + hopper.of_columns(addend, logits_shape)
+            shift = logits.max(axis=1)
+            weights = jnp.exp(logits - hopper.of_rows(shift, logits_shape))
+            total = weights.sum(axis=1)
+            weight[...] = weights.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            rows = pl.run_scoped(multiply(weight, value), plgpu.ACC(out_shape))
+            if has_tail:
+                lse = shift + jnp.log(total)
+                if top_lse is not None:
+                    lse = hopper.load_rows(tail_refs[2].at[head, tile])
+                mass = 1 / (1 + jnp.exp(lse_of_tail - lse))
+                rest = hopper.of_columns(mean, out_shape) * hopper.of_rows(1 - mass, out_shape)
+                rows = rows * hopper.of_rows(mass / total, out_shape) + rest
+            else:
+                rows = rows / hopper.of_rows(total, out_shape)
+            out[...] = rows.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, out_ref.at[head, tile])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(
+            work,
+            query=hopper.matrices(height, head_dim),
+            key=hopper.matrices(topk, head_dim),
+            value=hopper.matrices(topk, width, swizzle=swizzle),
+            addend=plgpu.SMEM((topk,), jnp.float32),
+            mean=plgpu.SMEM((width,), jnp.float32),
+            weight=hopper.matrices(height, topk, swizzle=swizzle),
+            out=hopper.matrices(height, width),
+            ready=plgpu.Barrier(num_arrivals=5 if has_tail else 4),
+        )
+
+    output = jax.ShapeDtypeStruct((num_heads, num_tiles, height, width), jnp.bfloat16)
+    grid = {"head": num_heads, "tile": num_tiles}
+    out = hopper.launch("grouped_attention", body, arrays, [output], grid, interpret)[0]
+    return out[..., :value_dim]

@@ -1,0 +1,123 @@
+"""Kernels for Hopper GPUs, interpreted on a CPU, against the XLA implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from clustax import kmeans, lsh, xla
+from clustax.kernels.hopper import centroid_attention, grouped_attention
+from clustax.kernels.hopper import kmeans as hopper_kmeans
+from tests.helpers import largest_error
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason="the interpreter of this version of JAX has no matrix products of Hopper GPUs",
+)
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+START = jnp.array([[3, 50, 51, 90, 11], [0, 1, 2, 3, 4]])
+VALID = jnp.arange(150) < jnp.array([[150], [97]])
+
+
+@pytest.mark.parametrize("num_bits", [31, 64])
+def test_hamming_kmeans_is_that_of_xla(num_bits):
+    # Few codes, so that draws, ties and empty clusters occur.
+    few = np.random.default_rng(0).integers(2, size=(7, num_bits))
+    bits = few[np.random.default_rng(1).integers(7, size=(2, 150))]
+    codes = lsh.pack_bits(jnp.asarray(bits, bool), axis=-1)
+    settings = {"num_bits": num_bits, "num_iterations": 4}
+    actual = hopper_kmeans.hamming(codes, START, VALID, **settings, interpret=True)
+    expected = jax.vmap(lambda *args: kmeans.hamming(*args, **settings))(codes, START, VALID)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_euclidean_kmeans_is_that_of_xla():
+    points = normal(0, 2, 150, 7).at[1, 97:].set(jnp.nan)
+    actual = hopper_kmeans.euclidean(points, START, VALID, num_iterations=4, interpret=True)
+    expected = jax.vmap(lambda *args: kmeans.euclidean(*args, num_iterations=4))(
+        points, START, VALID
+    )
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_subclusters", "topk", "has_addend"), [(1, 5, True), (1, 0, False), (2, 11, True)]
+)
+def test_centroid_attention_is_that_of_xla(num_subclusters, topk, has_addend):
+    num_heads, num_clusters, num_keys = 2, 3, 150
+    centroids = 2 * normal(0, num_heads, num_clusters, num_subclusters, 16)
+    key, value = normal(1, 1, num_keys, 16, dtype=jnp.bfloat16), normal(2, 1, num_keys, 8)
+    value = value.astype(jnp.bfloat16)
+    addend = None
+    if has_addend:
+        addend = normal(3, num_heads, num_keys).at[:, ::3].set(xla.MASKED)
+        addend = addend.at[1, 4:].set(xla.MASKED)  # fewer keys count than are chosen
+    # The last cluster is empty, and its centroid makes all keys alike.
+    centroids = centroids.at[:, -1].set(0)
+    counts = jnp.arange(1, num_subclusters + 1) * jnp.array([[4], [7], [0]])
+    subclusters = xla.Subclusters(jnp.zeros((1, 1), jnp.int32), counts)
+    share = None if num_subclusters == 1 else jnp.stack([subclusters.share] * num_heads)
+    index, mean, lse = centroid_attention.centroid_attention(
+        centroids, key, value, addend, share, topk=topk, interpret=True
+    )
+
+    def expected(head):
+        keys = jax.tree.map(lambda x: x[0].astype(jnp.float32), xla.Keys(key, value, None, None))
+        keys = keys._replace(bias=None if addend is None else addend[head])
+        logits = xla.attention_logits(centroids[head], keys, 1.0)
+        index = jnp.zeros((num_clusters, 0), jnp.int32)
+        if topk:
+            index, in_tail = xla.select_topk(xla.rank_keys(logits, subclusters), topk)
+            logits = jnp.where(in_tail[:, None], logits, -jnp.inf)
+        return index, *xla.attend_subclusters(logits, keys.value, subclusters)
+
+    expected_index, expected_mean, expected_lse = map(
+        jnp.stack, zip(*map(expected, range(num_heads)), strict=True)
+    )
+    np.testing.assert_array_equal(jnp.sort(index), jnp.sort(expected_index))
+    assert largest_error(mean, expected_mean) < 1e-2
+    assert largest_error(lse, expected_lse) < 1e-4
+
+
+@pytest.mark.parametrize(("merge", "topk"), [("lse", 5), ("mass", 40), (None, 5)])
+def test_grouped_attention_is_that_of_xla(merge, topk):
+    num_heads, num_tiles, num_clusters, value_dim = 2, 3, 4, 8
+    query = normal(0, num_heads, num_tiles, 64, 16, dtype=jnp.bfloat16)
+    key = normal(1, num_heads, num_clusters, topk, 16, dtype=jnp.bfloat16)
+    value = normal(2, num_heads, num_clusters, topk, value_dim, dtype=jnp.bfloat16)
+    addend = normal(3, num_heads, num_clusters, topk).at[..., 0].set(xla.MASKED)
+    cluster = jnp.array([[0, 0, 2], [1, 3, 3]])
+    tail_mean = tail_lse = top_lse = None
+    if merge is not None:
+        tail_mean = normal(4, num_heads, num_clusters, value_dim)
+        tail_lse = normal(5, num_heads, num_tiles, 64) + 2
+    if merge == "mass":
+        top_lse = normal(6, num_heads, num_tiles, 64) + 2
+    rows = grouped_attention.grouped_attention(
+        query,
+        cluster,
+        key,
+        value,
+        addend,
+        tail_mean,
+        tail_lse,
+        top_lse,
+        scale=jnp.float32(0.3),
+        interpret=True,
+    )
+
+    of_tile = jax.vmap(lambda x, cluster: x[cluster])
+    keys = xla.Keys(*(of_tile(x, cluster) for x in (key, value, addend)), None)
+    keys = keys._replace(value=keys.value.astype(jnp.float32))
+    top = xla.attend_keys(xla.attention_logits(query, keys, 0.3), keys.value)
+    expected = top.mean
+    if merge is not None:
+        mass = jax.nn.sigmoid((top.lse if top_lse is None else top_lse) - tail_lse)[..., None]
+        expected = mass * expected + (1 - mass) * of_tile(tail_mean, cluster)[:, :, None]
+    assert largest_error(rows, expected) < 1e-2
