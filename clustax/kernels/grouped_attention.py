@@ -9,7 +9,7 @@ lanes.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
 VMEM_BYTES = 12 * 2**20
-SLOTS_PER_STEP = 256  # enough work to outweigh what a step costs besides
-MAX_HEADS = 8
+MAX_HEADS = 4
 # Stands for -inf in the logits of masked keys, as in clustax.xla.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 
@@ -42,34 +41,54 @@ class GroupedBlocks:
             raise ValueError(f"heads must be at least 1, got {self.heads}.")
 
     @classmethod
-    def default(
-        cls, num_heads: int, tile_size: int, topk: int, head_dim: int, value_dim: int, dtype
-    ) -> "GroupedBlocks":
-        """As many heads as make a step worth while, divide G, and fit on the chip."""
-        fit = VMEM_BYTES // _bytes_per_head(tile_size, topk, head_dim, value_dim, dtype)
-        wanted = max(1, min(fit, MAX_HEADS, SLOTS_PER_STEP // tile_size))
-        return cls(max(n for n in range(1, wanted + 1) if num_heads % n == 0))
+    def default(cls, query: Float[Array, "G L M H"], value: Float[Array, "G C k V"]):
+        """As many heads as hide what a step costs besides, divide G, and fit on the chip."""
+        num_heads, _, tile_size, head_dim = query.shape
+        topk, value_dim = value.shape[2:]
+        fit = VMEM_BYTES // _bytes_per_head(tile_size, topk, head_dim, value_dim, query.dtype)
+        small = 512 // (tile_size * query.dtype.itemsize)
+        most = max(1, min(fit, small, MAX_HEADS))
+        return cls(max(n for n in range(1, most + 1) if num_heads % n == 0))
 
 
-def _bytes_per_head(tile_size: int, topk: int, head_dim: int, value_dim: int, dtype) -> int:
+def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
+    """About the mean size of a cluster, as far as registers and their packing make it worth while.
+
+    So about half of all slots, at most, stay empty where clusters are not tiny.
+    """
+    mean = max(1, num_queries // num_clusters)
+    return min(256 // dtype.itemsize, max(16, 1 << (mean.bit_length() - 1)))
+
+
+def _bytes_per_head(
+    tile_size: int, topk: int, head_dim: int, value_dim: int, dtype: jnp.dtype
+) -> int:
     """On-chip memory of a step of the backward pass, which needs the most."""
 
     def padded(size, multiple):
         return -(-size // multiple) * multiple
 
-    itemsize = jnp.dtype(dtype).itemsize
+    itemsize = dtype.itemsize
     rows, keys = padded(tile_size, 32 // itemsize), padded(topk, 32 // itemsize)
     width = padded(head_dim, 128) + padded(value_dim, 128)
     moved = 2 * rows * width * itemsize + keys * width * (itemsize + 4)  # what goes in or out
     return 2 * moved + 8 * keys * padded(tile_size, 128) * 4  # moved while the last is worked on
 
 
-def refusal(tile_size: int, topk: int, head_dim: int, value_dim: int, dtype) -> str | None:
+def refusal(
+    num_queries: int,
+    num_clusters: int,
+    topk: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype,
+) -> str | None:
     """Why the kernel cannot serve these shapes and this dtype, or None."""
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"its kernels take float32 and bfloat16, not {jnp.dtype(dtype).name}"
-    if _bytes_per_head(tile_size, topk, head_dim, value_dim, dtype) > VMEM_BYTES:
-        return f"topk={topk} keys of head dim {head_dim} do not fit on the chip"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"its kernels take float32 and bfloat16, not {dtype.name}"
+    size = tile_size(num_queries, num_clusters, dtype)
+    if _bytes_per_head(size, topk, head_dim, value_dim, dtype) > VMEM_BYTES:
+        return f"topk={topk} keys and values of dims {head_dim} and {value_dim} exceed its memory"
     return None
 
 
@@ -108,7 +127,7 @@ def grouped_attention(
     """Attention of each query over the keys of its tile's cluster, merged with the tail.
 
     Args:
-      query: queries, in tiles of one cluster each.
+      query: queries, in tiles of one cluster each; multiples of 16 slots waste no memory.
       cluster: the cluster of each tile; those of a head must not decrease.
       key: the top-k keys of each cluster; keys that do not count hold zeros.
       value: their values, likewise.
@@ -119,21 +138,20 @@ def grouped_attention(
       top_lse: for each query what the top-k keys weigh against the tail; its own log-sum-exp of
         their logits if None.
       scale: factor of the logits.
-      blocks: sizes of blocks; chosen from the shapes if None.
+      blocks: what a step of the grid takes; chosen from the shapes if None.
       interpret: whether to run without an accelerator.
 
     Returns:
       The outputs, in the dtype of ``query``.
 
     Raises:
-      ValueError: if ``blocks`` do not go with the shapes.
+      ValueError: if tiles have one slot only, or ``blocks`` do not go with the shapes.
     """
-    num_heads, num_tiles, tile_size, head_dim = query.shape
-    topk, value_dim = value.shape[2:]
     if blocks is None:
-        blocks = GroupedBlocks.default(
-            num_heads, tile_size, topk, head_dim, value_dim, query.dtype
-        )
+        blocks = GroupedBlocks.default(query, value)
+    num_heads, _, tile_size, _ = query.shape
+    if tile_size < 2:
+        raise ValueError(f"tiles must have at least 2 slots M, got {tile_size}; pad them.")
     if num_heads % blocks.heads:
         raise ValueError(
             f"heads must divide the G = {num_heads} of query, got {blocks.heads}; "
@@ -152,8 +170,15 @@ def grouped_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(slots: Slots, keys: Keys, cluster, scale, heads: int, interpret: bool):
-    grid = _Grid(*cluster.shape, heads)
+def _attend(
+    slots: Slots,
+    keys: Keys,
+    cluster: Int[Array, "G L"],
+    scale: Float[Array, ""],
+    heads: int,
+    interpret: bool,
+) -> Float[Array, "G L M V"]:
+    grid = _Grid(*cluster.shape, heads=heads)
     rows = jax.ShapeDtypeStruct((*slots.query.shape[:3], keys.value.shape[-1]), slots.query.dtype)
     return pl.pallas_call(
         _forward,
@@ -173,7 +198,7 @@ def _attend_forward(slots, keys, cluster, scale, heads, interpret):
 
 def _attend_backward(heads, interpret, residuals, d_rows):
     slots, keys, cluster, scale = residuals
-    grid = _Grid(*cluster.shape, heads)
+    grid = _Grid(*cluster.shape, heads=heads)
     num_heads, num_tiles, tile_size, _ = slots.query.shape
 
     def summed(x):  # over the tiles of a cluster
@@ -197,8 +222,8 @@ def _attend_backward(heads, interpret, residuals, d_rows):
         name="grouped_attention_backward",
     )(cluster.reshape(-1), scale[None], slots, (keys,) * heads, d_rows)
 
-    each_head = jnp.arange(num_heads)[:, None]
-    has_tiles = jnp.zeros(keys.key.shape[:2], bool).at[each_head, cluster].set(True)
+    every = jnp.arange(keys.key.shape[1])[:, None]
+    has_tiles = jnp.any(cluster[:, None] == every, axis=-1)  # G C
 
     def joined(key, *d_key):  # nothing was written where a cluster has no tiles
         d_key = jnp.stack(d_key, axis=1).reshape(key.shape)
@@ -272,7 +297,7 @@ def _backward(cluster, scale, slots, keys, d_rows, d_slots, d_keys, d_scale):
             ref[...] += x
 
 
-def _read(refs, index=...):
+def _read(refs, index: Any = ...):
     return jax.tree.map(lambda ref: ref[index], refs)
 
 
@@ -284,9 +309,9 @@ def _zero(refs):
 def _attend_tile(slots: Slots, keys: Keys, scale):
     """The outputs of a tile (M V)."""
     _, weights, lse = _softmax(slots, keys, scale)
-    if keys.tail_mean is None:
-        return _weigh(weights, keys.value)
     mass = _mass(slots, lse)
+    if mass is None:
+        return _weigh(weights, keys.value)
     return _weigh(mass * weights, keys.value) + (1 - mass).T * keys.tail_mean
 
 
@@ -297,8 +322,8 @@ def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
     d_mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
     d_logits = weights * (d_weights - d_mean)
     d_tail_lse = d_top_lse = d_tail_mean = None
-    if keys.tail_mean is not None:
-        mass = _mass(slots, lse)
+    mass = _mass(slots, lse)
+    if mass is not None:
         d_rows_ = d_rows.astype(mass.dtype)
         d_tail = jnp.sum(d_rows_ * keys.tail_mean, axis=1, keepdims=True).T
         d_lse = mass * (1 - mass) * (d_mean - d_tail)
@@ -337,9 +362,10 @@ def _softmax(slots: Slots, keys: Keys, scale):
 
 
 def _mass(slots: Slots, lse):
-    """What the top-k keys weigh in all (1 M)."""
-    top_lse = lse if slots.top_lse is None else slots.top_lse
-    return jax.nn.sigmoid(top_lse - slots.tail_lse)
+    """What the top-k keys weigh in all (1 M); None where there are no others."""
+    if slots.tail_lse is None:
+        return None
+    return jax.nn.sigmoid((lse if slots.top_lse is None else slots.top_lse) - slots.tail_lse)
 
 
 def _weigh(weights, value):

@@ -39,7 +39,7 @@ PROBLEMS = [
     Problem("lse", merge="lse", heads=1),
     Problem("no_tail", merge=None, bias=True, mask=True),
     Problem("odd_mass", M=3, k=11, H=7, V=5, bias=True, mask=True),
-    Problem("odd_lse", cluster=((0, 1, 4),) * 3, C=5, M=1, k=3, V=6, merge="lse", mask=True),
+    Problem("odd_lse", cluster=((0, 1, 4),) * 3, C=5, M=2, k=3, V=6, merge="lse", mask=True),
     Problem("half_mass", bias=True, dtype="bfloat16"),
     Problem("half_lse", M=16, k=5, merge="lse", mask=True, dtype="bfloat16"),
 ]
@@ -142,9 +142,12 @@ def test_blocks_that_do_not_fit_are_refused():
         GroupedBlocks(0)
     with pytest.raises(ValueError, match=r"heads must divide the G = 2 .*, got 3"):
         grouped_attention(**operands(PROBLEMS[0]), blocks=GroupedBlocks(3))
+    with pytest.raises(ValueError, match="at least 2 slots M, got 1"):
+        grouped_attention(**operands(dataclasses.replace(PROBLEMS[0], M=1)))
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason():
-    assert refusal(64, 32, 128, 128, jnp.bfloat16) is None
-    assert "float16" in refusal(64, 32, 128, 128, jnp.float16)
-    assert "topk=65536" in refusal(64, 65536, 128, 128, jnp.bfloat16)
+    bfloat16, float16 = map(jnp.dtype, (jnp.bfloat16, jnp.float16))
+    assert refusal(8192, 128, 32, 128, 128, bfloat16) is None
+    assert "not float16" in refusal(8192, 128, 32, 128, 128, float16)
+    assert "topk=8192" in refusal(8192, 128, 8192, 128, 128, bfloat16)
