@@ -309,9 +309,9 @@ def _zero(refs):
 def _attend_tile(slots: Slots, keys: Keys, scale):
     """The outputs of a tile (M V)."""
     _, weights, lse = _softmax(slots, keys, scale)
-    mass = _mass(slots, lse)
-    if mass is None:
+    if keys.tail_mean is None:
         return _weigh(weights, keys.value)
+    mass = _mass(lse, slots.top_lse, slots.tail_lse)
     return _weigh(mass * weights, keys.value) + (1 - mass).T * keys.tail_mean
 
 
@@ -322,8 +322,8 @@ def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
     d_mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
     d_logits = weights * (d_weights - d_mean)
     d_tail_lse = d_top_lse = d_tail_mean = None
-    mass = _mass(slots, lse)
-    if mass is not None:
+    if keys.tail_mean is not None:
+        mass = _mass(lse, slots.top_lse, slots.tail_lse)
         d_rows_ = d_rows.astype(mass.dtype)
         d_tail = jnp.sum(d_rows_ * keys.tail_mean, axis=1, keepdims=True).T
         d_lse = mass * (1 - mass) * (d_mean - d_tail)
@@ -361,11 +361,9 @@ def _softmax(slots: Slots, keys: Keys, scale):
     return products, weights / total, shift + jnp.log(total)
 
 
-def _mass(slots: Slots, lse):
-    """What the top-k keys weigh in all (1 M); None where there are no others."""
-    if slots.tail_lse is None:
-        return None
-    return jax.nn.sigmoid((lse if slots.top_lse is None else slots.top_lse) - slots.tail_lse)
+def _mass(lse, top_lse, tail_lse):
+    """What the top-k keys weigh against the tail (1 M)."""
+    return jax.nn.sigmoid((lse if top_lse is None else top_lse) - tail_lse)
 
 
 def _weigh(weights, value):
@@ -379,6 +377,6 @@ def _dot(x, y, x_axis: int, y_axis: int):
         x,
         y,
         (((x_axis,), (y_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        precision=lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
