@@ -13,7 +13,15 @@ from clustax.clustering import Clusters, cluster_queries
 
 MERGES = ("mass", "lse")
 SPACES = ("query", "logit")
-_ATTEND = {"xla": xla.attend, "reference": reference.attend}
+
+
+def _attend_pallas(*args, **settings):
+    from clustax.kernels import attend  # only now: Pallas takes longer to import than clustax
+
+    return attend.attend(*args, **settings)
+
+
+_ATTEND = {"xla": xla.attend, "pallas": _attend_pallas, "reference": reference.attend}
 
 
 def attend(
@@ -103,15 +111,23 @@ def attend(
     """
     arrays = checked_arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
     _check_settings(topk, merge, num_subclusters, scale)
-    query, key = arrays[:2]
+    query, key, value = arrays[:3]
+    clusters = Clusters(*validation.clusters(clusters, query))
+    topk = min(topk, key.shape[-3])
+
+    def unfit() -> str | None:
+        from clustax.kernels.attend import refusal
+
+        return refusal(query, value, clusters.counts, topk)
+
     return _attend(
         *arrays,
-        Clusters(*validation.clusters(clusters, query)),
+        clusters,
         query.shape[-1] ** -0.5 if scale is None else scale,
-        topk=min(topk, key.shape[-3]),
+        topk=topk,
         merge=merge,
         num_subclusters=num_subclusters,
-        implementation=implementations.choose(implementation).name,
+        implementation=implementations.choose(implementation, unfit).name,
     )
 
 

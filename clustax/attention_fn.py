@@ -93,7 +93,7 @@ class ClusteredAttention:
         validation.at_least("topk", self.topk, 0)
         for name, choices in {"merge": MERGES, "metric": METRICS, "space": SPACES}.items():
             validation.choice(name, getattr(self, name), choices)
-        implementations.choose(self.implementation)
+        implementations.names(self.implementation)
 
     def cluster(
         self,

@@ -1,7 +1,11 @@
 """Which code serves a call: xla (fast, portable), pallas (kernels) or reference (the oracle)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from clustax import kernels
 
 CHOICES = ("xla", "pallas", "reference")
 DEFAULT = ("pallas", "xla")  # what implementation=None tries, in order
@@ -20,11 +24,20 @@ class Choice:
     refused: Mapping[str, str]
 
 
-def choose(implementation: str | Sequence[str] | None = None) -> Choice:
+def choose(
+    implementation: str | Sequence[str] | None = None,
+    unfit: Callable[[], str | None] = lambda: None,
+) -> Choice:
     """Says which implementation serves a call.
+
+    The Pallas kernels are for TPUs: for those of ``jax.default_backend()``, or for those that a
+    program is compiled for ahead of time, under ``jax.sharding.use_abstract_mesh`` with an abstract
+    device. Elsewhere they are only interpreted, under :data:`clustax.kernels.interpret`.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.
+      unfit: says why the Pallas kernels cannot serve the shapes and dtypes of the call; None if
+        they can. It is asked only where they could run.
 
     Returns:
       The first one that can serve the call, with the reasons why those before it cannot.
@@ -33,22 +46,14 @@ def choose(implementation: str | Sequence[str] | None = None) -> Choice:
       ValueError: if a name is unknown.
       NotImplementedError: if none of them can serve the call.
 
-    >>> choose().name
-    'xla'
-    >>> choose(("pallas", "reference")).refused
-    {'pallas': 'this version of clustax has no Pallas kernels'}
+    >>> choose("xla")
+    Choice(name='xla', refused={})
+    >>> choose(("pallas", "reference"), lambda: "it takes no float16").name
+    'reference'
     """
-    names = DEFAULT if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in names if name not in CHOICES]
-    if unknown or not names:
-        raise ValueError(
-            f"implementation must be None, one of {', '.join(map(repr, CHOICES))}, or a sequence "
-            f"of these to try in order, got {implementation!r}."
-        )
     refused = {}
-    for name in names:
-        reason = _refusal(name)
+    for name in names(implementation):
+        reason = _refusal(unfit) if name == "pallas" else None
         if reason is None:
             return Choice(name, refused)
         refused[name] = reason
@@ -59,5 +64,23 @@ def choose(implementation: str | Sequence[str] | None = None) -> Choice:
     )
 
 
-def _refusal(name: str) -> str | None:
-    return "this version of clustax has no Pallas kernels" if name == "pallas" else None
+def names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The implementations to try, in order; ValueError if one is unknown."""
+    wanted = DEFAULT if implementation is None else implementation
+    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    unknown = [name for name in wanted if name not in CHOICES]
+    if unknown or not wanted:
+        raise ValueError(
+            f"implementation must be None, one of {', '.join(map(repr, CHOICES))}, or a sequence "
+            f"of these to try in order, got {implementation!r}."
+        )
+    return wanted
+
+
+def _refusal(unfit: Callable[[], str | None]) -> str | None:
+    """Why the Pallas kernels cannot serve a call."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if target is None else target.platform
+    if platform != "tpu" and not kernels.interpret.value:
+        return f"its kernels are for TPUs, and this is for a {platform}"
+    return unfit()

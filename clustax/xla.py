@@ -46,7 +46,7 @@ class Subclusters(NamedTuple):
     counts: Int[Array, "C R"]  # the number of queries in each
 
     @property
-    def share(self) -> Float[Array, "C R"]:
+    def share(self) -> Float[Array, "*L C R"]:
         """The share of its cluster's queries that each has."""
         members = jnp.sum(self.counts, axis=-1, keepdims=True)
         return self.counts / jnp.maximum(members, 1)
@@ -153,10 +153,12 @@ def attend_head(
     return empty_tiles(mass * top.mean + (1 - mass) * of_cluster(tail_mean, tiles), tiles)
 
 
-def tile_queries(assignment: Int[Array, " T"], counts: Int[Array, " C"]) -> Tiles:
+def tile_queries(
+    assignment: Int[Array, " T"], counts: Int[Array, " C"], size: int | None = None
+) -> Tiles:
     """Sorts queries by cluster and cuts the sorted sequence into tiles of one cluster each."""
     num_queries, num_clusters = len(assignment), len(counts)
-    size = tile_size(num_queries, num_clusters)
+    size = tile_size(num_queries, num_clusters) if size is None else size
     # Each cluster leaves at most size - 1 slots of its last tile empty.
     num_tiles = (num_queries + num_clusters * (size - 1)) // size
 

@@ -17,7 +17,9 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-IMPLEMENTATIONS = ("xla", "reference")
+from clustax import kernels  # noqa: E402
+
+IMPLEMENTATIONS = ("xla", "pallas", "reference")
 
 hypothesis.settings.register_profile(
     "clustax",
@@ -36,6 +38,14 @@ hypothesis.settings.load_profile("clustax")
 def implementation(request):
     """Each implementation under test."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def interpreted(request):
+    """Has the Pallas kernels interpreted where they are under test."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with kernels.interpret(parameters.get("implementation") == "pallas"):
+        yield
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def outputs(inputs, clusters, settings, implementation):
     [
         *((case, jnp.bfloat16, "xla") for case in CASES),
         *((case, jnp.float16, "xla") for case in SOME_CASES),
+        *((case, jnp.bfloat16, "pallas") for case in SOME_CASES),
         *((case, jnp.bfloat16, "reference") for case in SOME_CASES),
         *((case, jnp.float16, "reference") for case in SOME_CASES),
     ],
@@ -134,6 +135,7 @@ def exact_attention(inputs):
     return out
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])  # kernels take no float64
 @pytest.mark.parametrize("argument", ["query", "key", "value", "bias", "scale"])
 def test_gradients_equal_finite_differences(argument, implementation):
     case = BY_NAME["everything"]

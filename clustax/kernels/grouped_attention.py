@@ -1,0 +1,382 @@
+"""Attention of tiles of queries over the top-k keys of their clusters, merged with the tail.
+
+A step of the grid takes one tile of each of several heads. The keys of a tile's cluster are found
+through the cluster's index, which is there before the step begins, so that the pipeline fetches
+them ahead, and once for all the tiles of a cluster: these come one after another. Logits are kept
+transposed, keys by queries: the softmax then runs over sublanes, and what belongs to a query fills
+lanes.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+# Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
+VMEM_BYTES = 12 * 2**20
+MAX_HEADS = 4
+# Stands for -inf in the logits of masked keys, as in clustax.xla.
+MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedBlocks:
+    """How much of the problem a step of the grid takes.
+
+    Attributes:
+      heads: the number of heads of which it takes a tile each; it has to divide G.
+    """
+
+    heads: int
+
+    def __post_init__(self):
+        """Checks what can be checked without shapes."""
+        if self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads}.")
+
+    @classmethod
+    def default(cls, query: Float[Array, "G L M H"], value: Float[Array, "G C k V"]):
+        """As many heads as hide what a step costs besides, divide G, and fit on the chip."""
+        num_heads, _, tile_size, head_dim = query.shape
+        topk, value_dim = value.shape[2:]
+        fit = VMEM_BYTES // _bytes_per_head(tile_size, topk, head_dim, value_dim, query.dtype)
+        small = 512 // (tile_size * query.dtype.itemsize)
+        most = max(1, min(fit, small, MAX_HEADS))
+        return cls(max(n for n in range(1, most + 1) if num_heads % n == 0))
+
+
+def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
+    """About the mean size of a cluster, as far as registers and their packing make it worth while.
+
+    So about half of all slots, at most, stay empty where clusters are not tiny.
+    """
+    mean = max(1, num_queries // num_clusters)
+    return min(256 // dtype.itemsize, max(16, 1 << (mean.bit_length() - 1)))
+
+
+def _bytes_per_head(
+    tile_size: int, topk: int, head_dim: int, value_dim: int, dtype: jnp.dtype
+) -> int:
+    """On-chip memory of a step of the backward pass, which needs the most."""
+
+    def padded(size, multiple):
+        return -(-size // multiple) * multiple
+
+    itemsize = dtype.itemsize
+    rows, keys = padded(tile_size, 32 // itemsize), padded(topk, 32 // itemsize)
+    width = padded(head_dim, 128) + padded(value_dim, 128)
+    moved = 2 * rows * width * itemsize + keys * width * (itemsize + 4)  # what goes in or out
+    return 2 * moved + 8 * keys * padded(tile_size, 128) * 4  # moved while the last is worked on
+
+
+def refusal(
+    num_queries: int,
+    num_clusters: int,
+    topk: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype,
+) -> str | None:
+    """Why the kernel cannot serve these shapes and this dtype, or None."""
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"its kernels take float32 and bfloat16, not {dtype.name}"
+    size = tile_size(num_queries, num_clusters, dtype)
+    if _bytes_per_head(size, topk, head_dim, value_dim, dtype) > VMEM_BYTES:
+        return f"topk={topk} keys and values of dims {head_dim} and {value_dim} exceed its memory"
+    return None
+
+
+class Slots(NamedTuple):
+    """What each slot of the tiles has."""
+
+    query: Float[Array, "G L M H"]
+    tail_lse: Float[Array, "G L 1 M"] | None
+    top_lse: Float[Array, "G L 1 M"] | None
+
+
+class Keys(NamedTuple):
+    """What each cluster has: its keys with all that belongs to them, and its tail."""
+
+    key: Float[Array, "G C k H"]
+    value: Float[Array, "G C k V"]
+    bias: Float[Array, "G C 1 k"] | None
+    tail_mean: Float[Array, "G C 1 V"] | None
+
+
+def grouped_attention(
+    query: Float[Array, "G L M H"],
+    cluster: Int[Array, "G L"],
+    key: Float[Array, "G C k H"],
+    value: Float[Array, "G C k V"],
+    bias: Float[Array, "G C k"] | None = None,
+    valid: Bool[Array, "G C k"] | None = None,
+    tail_mean: Float[Array, "G C V"] | None = None,
+    tail_lse: Float[Array, "G L M"] | None = None,
+    top_lse: Float[Array, "G L M"] | None = None,
+    *,
+    scale: float | Float[Array, ""],
+    blocks: GroupedBlocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "G L M V"]:
+    """Attention of each query over the keys of its tile's cluster, merged with the tail.
+
+    Args:
+      query: queries, in tiles of one cluster each; multiples of 16 slots waste no memory.
+      cluster: the cluster of each tile; those of a head must not decrease.
+      key: the top-k keys of each cluster; keys that do not count hold zeros.
+      value: their values, likewise.
+      bias: what is added to their logits.
+      valid: which of them count.
+      tail_mean: attention of each cluster over all other keys; None if there are none.
+      tail_lse: for each query the log-sum-exp of the logits of these; given with ``tail_mean``.
+      top_lse: for each query what the top-k keys weigh against the tail; its own log-sum-exp of
+        their logits if None.
+      scale: factor of the logits.
+      blocks: what a step of the grid takes; chosen from the shapes if None.
+      interpret: whether to run without an accelerator.
+
+    Returns:
+      The outputs, in the dtype of ``query``.
+
+    Raises:
+      ValueError: if tiles have one slot only, or ``blocks`` do not go with the shapes.
+    """
+    if blocks is None:
+        blocks = GroupedBlocks.default(query, value)
+    num_heads, _, tile_size, _ = query.shape
+    if tile_size < 2:
+        raise ValueError(f"tiles must have at least 2 slots M, got {tile_size}; pad them.")
+    if num_heads % blocks.heads:
+        raise ValueError(
+            f"heads must divide the G = {num_heads} of query, got {blocks.heads}; "
+            "leave blocks out to have them chosen."
+        )
+    if valid is not None:  # keys that do not count hold zeros: their logits are what is added
+        bias = jnp.where(valid, 0.0 if bias is None else bias, MASKED)
+
+    def as_rows(x):
+        return None if x is None else x[:, :, None]
+
+    slots = Slots(query, as_rows(tail_lse), as_rows(top_lse))
+    keys = Keys(key, value, as_rows(bias), as_rows(tail_mean))
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return _attend(slots, keys, cluster, jnp.asarray(scale, dtype), blocks.heads, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(
+    slots: Slots,
+    keys: Keys,
+    cluster: Int[Array, "G L"],
+    scale: Float[Array, ""],
+    heads: int,
+    interpret: bool,
+) -> Float[Array, "G L M V"]:
+    grid = _Grid(*cluster.shape, heads=heads)
+    rows = jax.ShapeDtypeStruct((*slots.query.shape[:3], keys.value.shape[-1]), slots.query.dtype)
+    return pl.pallas_call(
+        _forward,
+        out_shape=rows,
+        grid_spec=grid.spec(
+            in_specs=(jax.tree.map(grid.tile, slots), grid.keys(keys)), out_specs=grid.tile(rows)
+        ),
+        compiler_params=_COMPILER_PARAMS,
+        interpret=interpret,
+        name="grouped_attention",
+    )(cluster.reshape(-1), scale[None], slots, (keys,) * heads)
+
+
+def _attend_forward(slots, keys, cluster, scale, heads, interpret):
+    return _attend(slots, keys, cluster, scale, heads, interpret), (slots, keys, cluster, scale)
+
+
+def _attend_backward(heads, interpret, residuals, d_rows):
+    slots, keys, cluster, scale = residuals
+    grid = _Grid(*cluster.shape, heads=heads)
+    num_heads, num_tiles, tile_size, _ = slots.query.shape
+
+    def summed(x):  # over the tiles of a cluster
+        return jax.ShapeDtypeStruct((num_heads // heads, *x.shape[1:]), scale.dtype)
+
+    d_scale = jax.ShapeDtypeStruct((num_heads, num_tiles, 1, tile_size), scale.dtype)
+    tile_specs = jax.tree.map(grid.tile, slots)
+    d_slots, d_keys, d_scale = pl.pallas_call(
+        _backward,
+        out_shape=(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), slots),
+            (jax.tree.map(summed, keys),) * heads,
+            d_scale,
+        ),
+        grid_spec=grid.spec(
+            in_specs=(tile_specs, grid.keys(keys), grid.tile(d_rows)),
+            out_specs=(tile_specs, grid.d_keys(keys), grid.tile(d_scale)),
+        ),
+        compiler_params=_COMPILER_PARAMS,
+        interpret=interpret,
+        name="grouped_attention_backward",
+    )(cluster.reshape(-1), scale[None], slots, (keys,) * heads, d_rows)
+
+    every = jnp.arange(keys.key.shape[1])[:, None]
+    has_tiles = jnp.any(cluster[:, None] == every, axis=-1)  # G C
+
+    def joined(key, *d_key):  # nothing was written where a cluster has no tiles
+        d_key = jnp.stack(d_key, axis=1).reshape(key.shape)
+        return jnp.where(has_tiles[..., None, None], d_key, 0).astype(key.dtype)
+
+    return d_slots, jax.tree.map(joined, keys, *d_keys), None, d_scale.sum()
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+# The tiles of a head are worked on in their order, in which the sums of a cluster stay on the chip.
+_COMPILER_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
+
+
+class _Grid(NamedTuple):
+    """Blocks of arrays on a grid of G / heads by L steps."""
+
+    num_heads: int
+    num_tiles: int
+    heads: int
+
+    def spec(self, **specs) -> pltpu.PrefetchScalarGridSpec:
+        """The grid; all clusters of tiles, and the scale, are there before the first step."""
+        grid = (self.num_heads // self.heads, self.num_tiles)
+        return pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=grid, **specs)
+
+    def tile(self, x) -> pl.BlockSpec:
+        """A tile of each head."""
+        return pl.BlockSpec((self.heads, None, *x.shape[2:]), lambda g, tile, *_: (g, tile, 0, 0))
+
+    def keys(self, keys: Keys) -> tuple[Keys, ...]:
+        """The keys of the cluster of its tile, for each head."""
+        return self._of_cluster(keys, lambda g, head: g * self.heads + head)
+
+    def d_keys(self, keys: Keys) -> tuple[Keys, ...]:
+        """The same, for each head in an array of its own."""
+        return self._of_cluster(keys, lambda g, _: g)
+
+    def _of_cluster(self, keys, place):
+        def spec(head, x):
+            def index(g, tile, cluster, _):
+                own = cluster[(g * self.heads + head) * self.num_tiles + tile]
+                return place(g, head), own, 0, 0
+
+            return pl.BlockSpec((None, None, *x.shape[2:]), index)
+
+        heads = range(self.heads)
+        return tuple(jax.tree.map(functools.partial(spec, head), keys) for head in heads)
+
+
+def _forward(cluster, scale, slots, keys, rows):
+    del cluster  # was for the pipeline
+    for head, own in enumerate(keys):
+        tile = _attend_tile(_read(slots, head), _read(own), scale[0])
+        rows[head] = tile.astype(rows.dtype)
+
+
+def _backward(cluster, scale, slots, keys, d_rows, d_slots, d_keys, d_scale):
+    step, num_tiles = pl.program_id(1), pl.num_programs(1)
+    for head, (own, d_own) in enumerate(zip(keys, d_keys, strict=True)):
+        place = (pl.program_id(0) * len(keys) + head) * num_tiles + step
+        starts = (step == 0) | (cluster[place] != cluster[jnp.maximum(place - 1, 0)])
+        pl.when(starts)(functools.partial(_zero, d_own))
+        of_slots, of_keys, of_scale = _tile_gradients(
+            _read(slots, head), _read(own), scale[0], d_rows[head]
+        )
+        of_tile = jax.tree.leaves((of_slots, of_scale))
+        for ref, x in zip(jax.tree.leaves((d_slots, d_scale)), of_tile, strict=True):
+            ref[head] = x.astype(ref.dtype)
+        for ref, x in zip(jax.tree.leaves(d_own), jax.tree.leaves(of_keys), strict=True):
+            ref[...] += x
+
+
+def _read(refs, index: Any = ...):
+    return jax.tree.map(lambda ref: ref[index], refs)
+
+
+def _zero(refs):
+    for ref in jax.tree.leaves(refs):
+        ref[...] = jnp.zeros_like(ref)
+
+
+def _attend_tile(slots: Slots, keys: Keys, scale):
+    """The outputs of a tile (M V)."""
+    _, weights, lse = _softmax(slots, keys, scale)
+    if keys.tail_mean is None:
+        return _weigh(weights, keys.value)
+    mass = _mass(lse, slots.top_lse, slots.tail_lse)
+    return _weigh(mass * weights, keys.value) + (1 - mass).T * keys.tail_mean
+
+
+def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
+    """Gradients of what the slots have, of what the keys have, and, for each slot, of the scale."""
+    products, weights, lse = _softmax(slots, keys, scale)
+    d_weights = _dot(keys.value, d_rows, 1, 1)  # k M
+    d_mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+    d_logits = weights * (d_weights - d_mean)
+    d_tail_lse = d_top_lse = d_tail_mean = None
+    if keys.tail_mean is not None:
+        mass = _mass(lse, slots.top_lse, slots.tail_lse)
+        d_rows_ = d_rows.astype(mass.dtype)
+        d_tail = jnp.sum(d_rows_ * keys.tail_mean, axis=1, keepdims=True).T
+        d_lse = mass * (1 - mass) * (d_mean - d_tail)
+        d_logits = mass * d_logits
+        if slots.top_lse is None:
+            d_logits += weights * d_lse
+        else:
+            d_top_lse = d_lse
+        d_tail_lse = -d_lse
+        d_tail_mean = jnp.sum((1 - mass).T * d_rows_, axis=0, keepdims=True)
+        weights = mass * weights
+    d_bias = None if keys.bias is None else jnp.sum(d_logits, axis=1, keepdims=True).T
+    d_products = (scale * d_logits).astype(slots.query.dtype)
+    return (
+        Slots(_dot(d_products, keys.key, 0, 0), d_tail_lse, d_top_lse),
+        Keys(
+            _dot(d_products, slots.query, 1, 0),
+            _dot(weights.astype(d_rows.dtype), d_rows, 1, 0),
+            d_bias,
+            d_tail_mean,
+        ),
+        jnp.sum(d_logits * products, axis=0, keepdims=True),
+    )
+
+
+def _softmax(slots: Slots, keys: Keys, scale):
+    """Products of keys and queries (k M), softmax over keys (k M), log-sum-exp (1 M)."""
+    products = _dot(keys.key, slots.query, 1, 1)
+    logits = scale * products
+    if keys.bias is not None:
+        logits += keys.bias.T
+    shift = jnp.max(logits, axis=0, keepdims=True)
+    weights = jnp.exp(logits - shift)
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    return products, weights / total, shift + jnp.log(total)
+
+
+def _mass(lse, top_lse, tail_lse):
+    """What the top-k keys weigh against the tail (1 M)."""
+    return jax.nn.sigmoid((lse if top_lse is None else top_lse) - tail_lse)
+
+
+def _weigh(weights, value):
+    """Sums of values (M V) by weights (k M)."""
+    return _dot(weights.astype(value.dtype), value, 0, 0)
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    """The product over an axis of each, accumulated in at least float32."""
+    return lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        precision=lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
