@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
 from clustax import kernels
 
 CHOICES = ("xla", "pallas", "reference")
@@ -30,9 +28,10 @@ def choose(
 ) -> Choice:
     """Says which implementation serves a call.
 
-    The Pallas kernels are for TPUs: for those of ``jax.default_backend()``, or for those that a
-    program is compiled for ahead of time, under ``jax.sharding.use_abstract_mesh`` with an abstract
-    device. Elsewhere they are only interpreted, under :data:`clustax.kernels.interpret`.
+    The Pallas kernels are for TPUs and Hopper GPUs: for those of ``jax.default_backend()``, or for
+    those that a program is compiled for ahead of time, under ``jax.sharding.use_abstract_mesh``
+    with an abstract device. Elsewhere they are only interpreted, under
+    :data:`clustax.kernels.interpret`.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.
@@ -79,8 +78,6 @@ def names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _refusal(unfit: Callable[[], str | None]) -> str | None:
     """Why the Pallas kernels cannot serve a call."""
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if target is None else target.platform
-    if platform != "tpu" and not kernels.interpret.value:
-        return f"its kernels are for TPUs, and this is for a {platform}"
+    if kernels.device() is None:
+        return "its kernels are for TPUs and Hopper GPUs, and this is for neither"
     return unfit()

@@ -44,7 +44,7 @@ def implementation(request):
 def interpreted(request):
     """Has the Pallas kernels interpreted where they are under test."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    with kernels.interpret(parameters.get("implementation") == "pallas"):
+    with kernels.interpret("tpu" if parameters.get("implementation") == "pallas" else None):
         yield
 
 

@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Shaped
+from jaxtyping import Array, BFloat16, Bool, Float, Shaped
 
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
+# Stands for -inf in the logits of masked keys, as in ``clustax.xla``.
+MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def refusal(dtype: jnp.dtype) -> str | None:
+    """Why the kernels cannot serve a dtype, or None."""
+    return None if dtype == jnp.bfloat16 else f"its kernels for GPUs take bfloat16, not {dtype}"
 
 
 def matrices(*shape: int, swizzle: int = 128) -> Any:
@@ -68,6 +75,13 @@ def bfloat16_parts(x: Float[Array, "..."], number: int = 2) -> list[BFloat16[Arr
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
     return parts
+
+
+def addend(
+    bias: Float[Array, "*n S"] | None, valid: Bool[Array, "*n S"] | None
+) -> Float[Array, "*n S"] | None:
+    """What is added to logits; those of keys that do not count become MASKED, but for rounding."""
+    return bias if valid is None else jnp.where(valid, 0.0 if bias is None else bias, MASKED)
 
 
 def pad(x: Shaped[Array, "..."], axis: int, multiple: int, value: Any = 0) -> Shaped[Array, "..."]:

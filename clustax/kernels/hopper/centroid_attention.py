@@ -9,7 +9,8 @@ Several sweeps over the keys compute the same logits, each for one thing that th
 4. the log-sum-exp of the logits of the other keys;
 5. the mean of the values, weighted by their softmax.
 
-A block of threads has 64 clusters and a stretch of keys, so there is no C x S array.
+A block of threads has 64 clusters and a stretch of keys, so there is no C x S array. The backward
+pass is XLA's, and has one for each head.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,14 @@ TILES = 16  # of a block
 SLOTS = 2  # tiles of keys in flight
 LOWEST = float(jnp.finfo(jnp.float32).min)
 SHARED_BYTES = 200 * 2**10  # of the 227 KiB that a block may have
+
+
+class CentroidAttention(NamedTuple):
+    """What there is to know about each cluster."""
+
+    index: Int[Array, "G C k"]  # its top-k keys, best first
+    tail_mean: Float[Array, "G C V"]  # attention over the other keys
+    tail_lse: Float[Array, "G C R"]  # log-sum-exp of their logits, of each sub-cluster
 
 
 class Operands(NamedTuple):
@@ -94,23 +103,41 @@ def centroid_attention(
     centroids: Float[Array, "G C R H"],
     key: BFloat16[Array, "J S H"],
     value: BFloat16[Array, "J S V"],
-    addend: Float[Array, "G S"] | None,
+    bias: Float[Array, "G S"] | None,
+    valid: Bool[Array, "G S"] | None,
     share: Float[Array, "G C R"] | None,
     *,
     topk: int,
+    scale: float | Float[Array, ""],
     interpret: bool = False,
-) -> tuple[Int[Array, "G C k"], Float[Array, "G C V"], Float[Array, "G C R"]]:
-    """Top-k keys, attention over the others, and the log-sum-exp of the logits of these.
+) -> CentroidAttention:
+    """The top-k keys of each cluster, and the attention of its centroids over the other keys.
 
     Args:
-      centroids: scaled centroids of sub-clusters.
-      key: keys.
-      value: values.
-      addend: what is added to the logits of keys.
+      centroids: centroids of sub-clusters.
+      key: keys; those that do not count hold zeros.
+      value: their values, likewise.
+      bias: what is added to the logits of keys.
+      valid: which keys count.
       share: the share of its cluster that each sub-cluster has; None if R is 1.
       topk: k, less than S.
+      scale: factor of the logits.
       interpret: whether to run without a GPU.
     """
+    addend = hopper.addend(bias, valid)
+    return _attend(scale * centroids, key, value, addend, share, topk, interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+    centroids: Float[Array, "G C R H"],
+    key: BFloat16[Array, "J S H"],
+    value: BFloat16[Array, "J S V"],
+    addend: Float[Array, "G S"] | None,
+    share: Float[Array, "G C R"] | None,
+    topk: int,
+    interpret: bool,
+) -> CentroidAttention:
     num_clusters, value_dim = centroids.shape[1], value.shape[-1]
     tiles = min(TILES, -(-key.shape[1] // KEYS))
     block = tiles * KEYS
@@ -144,11 +171,57 @@ def centroid_attention(
     shift, total = _log_sum_exp(operands, ranking, top, **options)
     tail_mean = _average(operands, ranking, top, Softmax(shift, share / total), **options)
     tail_lse = jnp.swapaxes(shift + jnp.log(total), 1, 2)
-    return (
+    return CentroidAttention(
         index[:, :num_clusters],
         tail_mean[:, :num_clusters, :value_dim],
         tail_lse[:, :num_clusters],
     )
+
+
+def _attend_forward(centroids, key, value, addend, share, topk, interpret):
+    attended = _attend(centroids, key, value, addend, share, topk, interpret)
+    return attended, (centroids, key, value, addend, share, attended.index)
+
+
+def _attend_backward(topk, interpret, residuals, gradients):
+    del topk, interpret
+    *differentiable, share, index = residuals
+    _, vjp = jax.vjp(partial(_dense_tail, share=share, index=index), *differentiable)
+    return *vjp((gradients.tail_mean, gradients.tail_lse)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _dense_tail(
+    centroids: Float[Array, "G C R H"],
+    key: BFloat16[Array, "J S H"],
+    value: BFloat16[Array, "J S V"],
+    addend: Float[Array, "G S"] | None,
+    *,
+    share: Float[Array, "G C R"] | None,
+    index: Int[Array, "G C k"],
+) -> tuple[Float[Array, "G C V"], Float[Array, "G C R"]]:
+    """Attention over keys that are not top in plain JAX, of which XLA makes the backward pass."""
+    group = len(centroids) // len(key)
+
+    def head(centroids, key, value, addend, share, index):
+        logits = jnp.einsum("crh,sh->crs", centroids, key.astype(jnp.float32))
+        if addend is not None:
+            logits = logits + addend
+        in_tail = jnp.ones(logits.shape[::2], bool).at[jnp.arange(len(index))[:, None], index]
+        logits = jnp.where(in_tail.set(False)[:, None], logits, -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1)
+        weights = weights[:, 0] if share is None else jnp.einsum("cr,crs->cs", share, weights)
+        mean = jnp.einsum("cs,sv->cv", weights, value.astype(jnp.float32))
+        return mean, jax.nn.logsumexp(logits, axis=-1)
+
+    heads = jax.tree.map(
+        lambda x: x.reshape(len(key), group, *x.shape[1:]), (centroids, addend, share, index)
+    )
+    of_group = jax.vmap(head, in_axes=(0, None, None, 0, 0, 0))
+    mean, lse = jax.vmap(of_group)(heads[0], key, value, *heads[1:])
+    return mean.reshape(-1, *mean.shape[2:]), lse.reshape(-1, *lse.shape[2:])
 
 
 def _select(

@@ -1,17 +1,25 @@
 """Attention of tiles of queries over the top-k keys of their clusters, on Hopper GPUs.
 
 A block of threads has one tile: 64 queries of one cluster against its k keys, which are in shared
-memory at once, and the merge with the tail.
+memory at once, and the merge with the tail. The backward pass is XLA's.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from clustax.kernels import hopper
+
+
+def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
+    """The number of queries in a tile, whatever the shapes."""
+    del num_queries, num_clusters, dtype
+    return hopper.HEIGHT
 
 
 def grouped_attention(
@@ -19,12 +27,13 @@ def grouped_attention(
     cluster: Int[Array, "G L"],
     key: BFloat16[Array, "G C k H"],
     value: BFloat16[Array, "G C k V"],
-    addend: Float[Array, "G C k"] | None,
-    tail_mean: Float[Array, "G C V"] | None,
-    tail_lse: Float[Array, "G L 64"] | None,
-    top_lse: Float[Array, "G L 64"] | None,
+    bias: Float[Array, "G C k"] | None = None,
+    valid: Bool[Array, "G C k"] | None = None,
+    tail_mean: Float[Array, "G C V"] | None = None,
+    tail_lse: Float[Array, "G L 64"] | None = None,
+    top_lse: Float[Array, "G L 64"] | None = None,
     *,
-    scale: Float[Array, ""],
+    scale: float | Float[Array, ""],
     interpret: bool = False,
 ) -> BFloat16[Array, "G L 64 V"]:
     """Attention of each query over the keys of its tile's cluster, merged with the tail.
@@ -32,23 +41,42 @@ def grouped_attention(
     Args:
       query: queries, in tiles of one cluster each.
       cluster: the cluster of each tile.
-      key: the top-k keys of each cluster.
-      value: their values.
-      addend: what is added to their logits.
+      key: the top-k keys of each cluster; keys that do not count hold zeros.
+      value: their values, likewise.
+      bias: what is added to their logits.
+      valid: which of them count.
       tail_mean: attention of each cluster over all other keys; None if there are none.
-      tail_lse: for each query the log-sum-exp of the logits of these.
+      tail_lse: for each query the log-sum-exp of the logits of these; given with ``tail_mean``.
       top_lse: for each query what the top-k keys weigh against the tail; its own log-sum-exp of
         their logits if None.
       scale: factor of the logits.
       interpret: whether to run without a GPU.
     """
+    scale = jnp.asarray(scale, jnp.float32)
+    tail = (tail_mean, tail_lse, top_lse)
+    return _attend(query, key, value, hopper.addend(bias, valid), *tail, scale, cluster, interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _attend(
+    query: BFloat16[Array, "G L 64 H"],
+    key: BFloat16[Array, "G C k H"],
+    value: BFloat16[Array, "G C k V"],
+    addend: Float[Array, "G C k"] | None,
+    tail_mean: Float[Array, "G C V"] | None,
+    tail_lse: Float[Array, "G L 64"] | None,
+    top_lse: Float[Array, "G L 64"] | None,
+    scale: Float[Array, ""],
+    cluster: Int[Array, "G L"],
+    interpret: bool,
+) -> BFloat16[Array, "G L 64 V"]:
     value_dim = value.shape[-1]
     if addend is None:
         addend = jnp.zeros(key.shape[:3], jnp.float32)
     addend = hopper.pad(addend, 2, 32, -jnp.inf)
     query = hopper.pad(query, 3, hopper.WIDTH)
     key, value = (hopper.pad(hopper.pad(x, 2, 32), 3, hopper.WIDTH) for x in (key, value))
-    arrays = [query, cluster, jnp.reshape(scale, 1).astype(jnp.float32), key, value, addend]
+    arrays = [query, cluster, jnp.reshape(scale, 1), key, value, addend]
     has_tail = tail_mean is not None
     if tail_mean is not None:
         arrays += [hopper.pad(tail_mean, 2, hopper.WIDTH), tail_lse]
@@ -119,3 +147,37 @@ def grouped_attention(
     grid = {"head": num_heads, "tile": num_tiles}
     out = hopper.launch("grouped_attention", body, arrays, [output], grid, interpret)[0]
     return out[..., :value_dim]
+
+
+def _attend_forward(*args):
+    return _attend(*args), args[:-1]
+
+
+def _attend_backward(interpret, residuals, gradient):
+    del interpret
+    *differentiable, cluster = residuals
+    _, vjp = jax.vjp(partial(_dense, cluster), *differentiable)
+    return *vjp(gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _dense(cluster, query, key, value, addend, tail_mean, tail_lse, top_lse, scale):
+    """The same in plain JAX, of which XLA makes the backward pass."""
+    # A product with this, unlike indexing, has gradients that are summed in one order.
+    indicator = jax.nn.one_hot(cluster, key.shape[1], dtype=jnp.float32)
+
+    def of_tiles(x):  # G C … -> G L …
+        return jnp.einsum("glc,gc...->gl...", indicator, x.astype(jnp.float32))
+
+    logits = scale * jnp.einsum("glmh,glkh->glmk", query.astype(jnp.float32), of_tiles(key))
+    if addend is not None:
+        logits = logits + of_tiles(addend)[:, :, None]
+    weights = jax.nn.softmax(logits, axis=-1)
+    rows = jnp.einsum("glmk,glkv->glmv", weights, of_tiles(value))
+    if tail_mean is not None:
+        lse = jax.nn.logsumexp(logits, axis=-1) if top_lse is None else top_lse
+        mass = jax.nn.sigmoid(lse - tail_lse)[..., None]
+        rows = mass * rows + (1 - mass) * of_tiles(tail_mean)[:, :, None]
+    return rows.astype(query.dtype)
