@@ -263,7 +263,9 @@ def _checked_settings(
             "initial_positions", initial_positions, num_clusters
         ),
         "query_seq_lengths": validation.lengths("query_seq_lengths", query_seq_lengths, batch),
-        "implementation": implementations.choose(implementation).name,
+        "implementation": implementations.choose(
+            implementation, lambda: "there is no kernel for K-means"
+        ).name,
     }
 
 
