@@ -16,6 +16,12 @@ METRICS = ("hamming", "euclidean")
 _KMEANS = {"xla": kmeans, "reference": reference}
 
 
+def _kernels():
+    from clustax import kernels  # only now: Pallas takes longer to import than clustax
+
+    return kernels.of("kmeans")
+
+
 class Clusters(NamedTuple):
     """A clustering of the queries of each batch entry and head.
 
@@ -87,6 +93,7 @@ def cluster_codes(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
+        num_dims=num_bits,
     )
     return _run_kmeans(codes, metric="hamming", num_bits=num_bits, **settings)
 
@@ -176,6 +183,7 @@ def cluster_queries(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
+        num_dims=num_bits if metric == "hamming" else query.shape[-1],
     )
     planes_rng, settings["rng"] = jax.random.split(settings["rng"])
     if metric != "hamming" and planes is not None:
@@ -251,8 +259,13 @@ def _checked_settings(
     initial_positions: Int[Array, " C"] | None,
     query_seq_lengths: Int[Array, "*B"] | None,
     implementation: str | Sequence[str] | None,
+    num_dims: int,
 ) -> dict[str, Any]:
-    """Checks the settings of K-means, of either metric."""
+    """Checks the settings of K-means, of points or codes of so many dims or bits."""
+
+    def unfit() -> str | None:
+        return _kernels().refusal(num_clusters, num_dims)
+
     validation.at_least("num_clusters", num_clusters, 1)
     validation.at_least("num_iterations", num_iterations, 1)
     return {
@@ -263,7 +276,7 @@ def _checked_settings(
             "initial_positions", initial_positions, num_clusters
         ),
         "query_seq_lengths": validation.lengths("query_seq_lengths", query_seq_lengths, batch),
-        "implementation": implementations.choose(implementation).name,
+        "implementation": implementations.choose(implementation, unfit).name,
     }
 
 
@@ -298,18 +311,24 @@ def _run_kmeans(
             start = jnp.minimum(start, jnp.maximum(lengths[..., None] - 1, 0))  # B N C
         else:
             start = jnp.broadcast_to(initial_positions, (*points.shape[:2], num_clusters))
+        settings: dict[str, Any] = {"num_iterations": num_iterations}
         if metric == "hamming":
-            kmeans_head = partial(_KMEANS[implementation].hamming, num_bits=num_bits)
+            settings["num_bits"] = num_bits
         else:
-            kmeans_head = _KMEANS[implementation].euclidean
             points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
-        assignment, counts = map_heads(
-            partial(kmeans_head, num_iterations=num_iterations),
-            points,
-            start,
-            valid,
-            head_bytes=4 * length * (num_clusters if metric == "euclidean" else lsh.WORD * width),
-        )
+        if implementation == "pallas":  # all heads at once
+            arrays = (x.reshape(-1, *x.shape[2:]) for x in (points, start, valid))
+            assignment, counts = getattr(_kernels(), metric)(*arrays, **settings)
+        else:
+            assignment, counts = map_heads(
+                partial(getattr(_KMEANS[implementation], metric), **settings),
+                points,
+                start,
+                valid,
+                head_bytes=4
+                * length
+                * (num_clusters if metric == "euclidean" else lsh.WORD * width),
+            )
     return Clusters(
         assignment.reshape(*batch, num_heads, length), counts.reshape(*batch, num_heads, -1)
     )

@@ -8,10 +8,11 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import clustax
-from clustax import ClusteredAttention, Clusters, attention, clustering, lsh
-from clustax.implementations import choose
+from clustax import ClusteredAttention, Clusters, attention, clustering, kernels, lsh
+from clustax.implementations import Choice, choose
 
 B, T, S, N, K, H, V, C = 2, 6, 7, 4, 2, 8, 5, 3
 
@@ -287,7 +288,9 @@ def test_both_kinds_of_random_keys_are_served(name, rng):
 )
 class TestImplementations:
     def test_pallas_is_refused_with_the_reason(self, nothing_compiled, name):
-        with pytest.raises(NotImplementedError, match=r"'pallas' .*no Pallas kernels.*'xla'"):
+        with pytest.raises(
+            NotImplementedError, match=r"'pallas' .*for TPUs and Hopper GPUs.*'xla'"
+        ):
             call(name, CALLS[name] | {"implementation": "pallas"})
 
     def test_next_one_is_tried(self, name):
@@ -300,7 +303,25 @@ def test_one_can_ask_which_implementation_runs():
     assert choose("reference").name == choose(("pallas", "reference")).name == "reference"
     assert not choose("xla").refused
     assert list(choose().refused) == ["pallas"]
-    assert "Pallas" in choose().refused["pallas"]
+    assert "TPUs" in choose().refused["pallas"]
+    with kernels.interpret("tpu"):
+        assert choose().name == choose("pallas").name == "pallas"
+        assert choose(None, lambda: "why").refused == {"pallas": "why"}
+    tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=tpu)):
+        assert choose() == choose("pallas") == Choice("pallas", {})
+
+
+def test_kernels_serve_no_float16():
+    given = CALLS["attend"] | {
+        "query": floats(B, T, N, H, dtype=jnp.float16),
+        "key": floats(B, S, K, H, dtype=jnp.float16),
+        "value": floats(B, S, K, V, dtype=jnp.float16),
+    }
+    with kernels.interpret("tpu"):
+        assert call("attend", given).dtype == jnp.float16
+        with pytest.raises(NotImplementedError, match="float32 and bfloat16, not float16"):
+            call("attend", given | {"implementation": "pallas"})
 
 
 def test_causal_attention_is_refused_with_the_reason(nothing_compiled):
@@ -326,6 +347,8 @@ def test_settings_are_checked_when_they_are_made(changes, message):
         ClusteredAttention(**changes)
 
 
-def test_pallas_is_refused_when_settings_are_made():
+def test_pallas_is_refused_when_settings_are_used():
+    """They may be made elsewhere than on the TPU for which they are meant."""
+    attention = ClusteredAttention(implementation="pallas")
     with pytest.raises(NotImplementedError, match="pallas"):
-        ClusteredAttention(implementation="pallas")
+        attention(*jnp.zeros((3, B, T, N, H)))

@@ -4,6 +4,9 @@ They run on TPUs; ``hopper`` has those for Hopper GPUs. ``with clustax.kernels.i
 or ``"hopper"``, has them interpreted, wherever that is: slowly, for tests and debugging.
 """
 
+import importlib
+from types import ModuleType
+
 import jax
 
 DEVICES = ("tpu", "hopper")
@@ -23,3 +26,9 @@ def device() -> str | None:
         return "tpu"
     kind = jax.devices()[0].device_kind if target is None else target.device_kind
     return "hopper" if any(name in kind.split() for name in HOPPER) else None
+
+
+def of(name: str) -> ModuleType:
+    """The module of this name with the kernels of this device."""
+    package = "clustax.kernels.hopper" if device() == "hopper" else "clustax.kernels"
+    return importlib.import_module(f"{package}.{name}")

@@ -12,9 +12,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax import kernels, xla
-from clustax.kernels import centroid_attention, grouped_attention, hopper
-from clustax.kernels.hopper import centroid_attention as hopper_centroid_attention
-from clustax.kernels.hopper import grouped_attention as hopper_grouped_attention
 
 
 def refusal(
@@ -26,13 +23,11 @@ def refusal(
     num_subclusters: int,
 ) -> str | None:
     """Why the kernels of this device cannot serve these shapes and this dtype, or None."""
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    if kernels.device() == "hopper":
-        return hopper.refusal(query.dtype) or hopper_centroid_attention.refusal(
-            num_subclusters, topk, head_dim, value_dim
-        )
-    return grouped_attention.refusal(
-        query.shape[-3], counts.shape[-1], topk, head_dim, value_dim, query.dtype
+    dims = query.shape[-1], value.shape[-1]
+    return kernels.of("centroid_attention").refusal(
+        num_subclusters, topk, *dims, query.dtype
+    ) or kernels.of("grouped_attention").refusal(
+        query.shape[-3], counts.shape[-1], topk, *dims, query.dtype
     )
 
 
@@ -53,9 +48,7 @@ def attend(
     """Attention of clustered queries, for canonical arguments (see ``clustax.attention``)."""
     batch, length, num_heads, _ = query.shape
     num_clusters = counts.shape[-1]
-    centroid, grouped = centroid_attention, grouped_attention
-    if kernels.device() == "hopper":
-        centroid, grouped = hopper_centroid_attention, hopper_grouped_attention
+    centroid, grouped = map(kernels.of, ("centroid_attention", "grouped_attention"))
     bias, valid, assignment, counts = jax.tree.map(
         lambda x: x.reshape(-1, x.shape[-1]), (xla.raise_bias(bias), valid, assignment, counts)
     )
@@ -63,8 +56,9 @@ def attend(
     keys = xla.Keys(_by_head(key), _by_head(value), bias, valid)  # those of J heads
     options = {
         "scale": jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32)),
-        "interpret": kernels.interpret.value is not None,
     }
+    if kernels.device() == "tpu":
+        options["interpret"] = kernels.interpret.value is not None
 
     size = grouped.tile_size(length, num_clusters, query.dtype)
     tiles = jax.vmap(partial(xla.tile_queries, size=size))(assignment, counts)

@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
 VMEM_BYTES = 12 * 2**20
+# Half of its scalar memory, which holds a number for each tile of all heads.
+MAX_TILES = 2**17
 MAX_HEADS = 4
 # Stands for -inf in the logits of masked keys, as in clustax.xla.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
@@ -165,8 +167,23 @@ def grouped_attention(
 
     slots = Slots(query, as_rows(tail_lse), as_rows(top_lse))
     keys = Keys(key, value, as_rows(bias), as_rows(tail_mean))
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    return _attend(slots, keys, cluster, jnp.asarray(scale, dtype), blocks.heads, interpret)
+    scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
+
+    def attend_heads(heads):
+        return _attend(*heads, scale, blocks.heads, interpret)
+
+    heads = (slots, keys, cluster)
+    calls = _num_calls(cluster, num_heads // blocks.heads)
+    if calls == 1:
+        return attend_heads(heads)
+    heads = jax.tree.map(lambda x: x.reshape(calls, -1, *x.shape[1:]), heads)
+    return lax.map(attend_heads, heads).reshape(*query.shape[:3], -1)
+
+
+def _num_calls(cluster: Int[Array, "G L"], steps: int) -> int:
+    """Into how many calls heads are split, so that the clusters of their tiles have room."""
+    divisors = (n for n in range(1, steps + 1) if steps % n == 0)
+    return next((n for n in divisors if cluster.size <= n * MAX_TILES), steps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

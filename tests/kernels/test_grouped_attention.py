@@ -137,6 +137,17 @@ def test_outputs_and_gradients(problem):
     jax.tree.map(np.testing.assert_array_equal, again, (out, gradients))
 
 
+def test_heads_whose_tiles_are_too_many_come_in_turn(monkeypatch):
+    given = operands(next(problem for problem in PROBLEMS if problem.name == "odd_lse"))
+    cotangent = jnp.ones((*given["query"].shape[:3], given["value"].shape[-1]))
+    results = []
+    for most in (9, 5):
+        monkeypatch.setattr("clustax.kernels.grouped_attention.MAX_TILES", most)
+        kernel = functools.partial(grouped_attention, blocks=GroupedBlocks(1), interpret=True)
+        results.append(evaluate(kernel, given, cotangent))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *results)
+
+
 def test_blocks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
         GroupedBlocks(0)

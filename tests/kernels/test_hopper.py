@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from clustax import kmeans, lsh, xla
+from clustax import kernels, kmeans, lsh, xla
 from clustax.kernels.hopper import centroid_attention, grouped_attention
 from clustax.kernels.hopper import kmeans as hopper_kmeans
 from tests.helpers import largest_error
@@ -15,6 +15,12 @@ pytestmark = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
     reason="the interpreter of this version of JAX has no matrix products of Hopper GPUs",
 )
+
+
+@pytest.fixture(autouse=True)
+def hopper_kernels():
+    with kernels.interpret("hopper"):
+        yield
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -32,14 +38,14 @@ def test_hamming_kmeans_is_that_of_xla(num_bits):
     bits = few[np.random.default_rng(1).integers(7, size=(2, 150))]
     codes = lsh.pack_bits(jnp.asarray(bits, bool), axis=-1)
     settings = {"num_bits": num_bits, "num_iterations": 4}
-    actual = hopper_kmeans.hamming(codes, START, VALID, **settings, interpret=True)
+    actual = hopper_kmeans.hamming(codes, START, VALID, **settings)
     expected = jax.vmap(lambda *args: kmeans.hamming(*args, **settings))(codes, START, VALID)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_euclidean_kmeans_is_that_of_xla():
     points = normal(0, 2, 150, 7).at[1, 97:].set(jnp.nan)
-    actual = hopper_kmeans.euclidean(points, START, VALID, num_iterations=4, interpret=True)
+    actual = hopper_kmeans.euclidean(points, START, VALID, num_iterations=4)
     expected = jax.vmap(lambda *args: kmeans.euclidean(*args, num_iterations=4))(
         points, START, VALID
     )
@@ -64,7 +70,7 @@ def test_centroid_attention_is_that_of_xla(num_subclusters, topk, has_addend):
     subclusters = xla.Subclusters(jnp.zeros((1, 1), jnp.int32), counts)
     share = None if num_subclusters == 1 else jnp.stack([subclusters.share] * num_heads)
     index, mean, lse = centroid_attention.centroid_attention(
-        centroids, key, value, addend, share, topk=topk, interpret=True
+        centroids, key, value, addend, None, share, topk=topk, scale=1.0
     )
 
     def expected(head):
@@ -105,11 +111,11 @@ def test_grouped_attention_is_that_of_xla(merge, topk):
         key,
         value,
         addend,
+        None,
         tail_mean,
         tail_lse,
         top_lse,
-        scale=jnp.float32(0.3),
-        interpret=True,
+        scale=0.3,
     )
 
     of_tile = jax.vmap(lambda x, cluster: x[cluster])

@@ -13,16 +13,13 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Shaped
 
+from clustax import kernels
+
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
 # Stands for -inf in the logits of masked keys, as in ``clustax.xla``.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-
-def refusal(dtype: jnp.dtype) -> str | None:
-    """Why the kernels cannot serve a dtype, or None."""
-    return None if dtype == jnp.bfloat16 else f"its kernels for GPUs take bfloat16, not {dtype}"
 
 
 def matrices(*shape: int, swizzle: int = 128) -> Any:
@@ -52,7 +49,6 @@ def launch(
     operands: Sequence[Array],
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: dict[str, int],
-    interpret: bool,
 ) -> list[Array]:
     """Runs ``body`` on references to operands and outputs, for every point of a grid."""
     body.__name__ = name  # how profilers show it
@@ -62,7 +58,7 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if kernels.interpret.value else None,
     )(*operands)
 
 

@@ -84,15 +84,19 @@ class Tile(NamedTuple):
     write: Callable[..., None]  # to an output, what belongs to the clusters
 
 
-def refusal(num_subclusters: int, topk: int, head_dim: int, value_dim: int) -> str | None:
-    """Why the kernel cannot serve these shapes, or None."""
+def refusal(
+    num_subclusters: int, topk: int, head_dim: int, value_dim: int, dtype: jnp.dtype
+) -> str | None:
+    """Why the kernel cannot serve these shapes and this dtype, or None."""
+    if dtype != jnp.bfloat16:
+        return f"its kernels for GPUs take bfloat16, not {dtype.name}"
     head_dim, value_dim = (-(-dim // hopper.WIDTH) * hopper.WIDTH for dim in (head_dim, value_dim))
     rows = 2 * num_subclusters * hopper.HEIGHT + SLOTS * KEYS
     shared = 2 * (rows * head_dim + SLOTS * KEYS * value_dim + hopper.HEIGHT * KEYS)
     if shared > SHARED_BYTES or value_dim > 256:
         return (
-            f"num_subclusters={num_subclusters} with dims {head_dim} and {value_dim} exceed the "
-            "shared memory of a GPU"
+            f"num_subclusters={num_subclusters} with dims of {head_dim} and {value_dim} exceed the "
+            "memory that a GPU shares"
         )
     if topk > 128:
         return f"topk={topk} exceeds the 128 that fit registers of a GPU"
@@ -109,7 +113,6 @@ def centroid_attention(
     *,
     topk: int,
     scale: float | Float[Array, ""],
-    interpret: bool = False,
 ) -> CentroidAttention:
     """The top-k keys of each cluster, and the attention of its centroids over the other keys.
 
@@ -122,13 +125,12 @@ def centroid_attention(
       share: the share of its cluster that each sub-cluster has; None if R is 1.
       topk: k, less than S.
       scale: factor of the logits.
-      interpret: whether to run without a GPU.
     """
     addend = hopper.addend(bias, valid)
-    return _attend(scale * centroids, key, value, addend, share, topk, interpret)
+    return _attend(scale * centroids, key, value, addend, share, topk)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
     centroids: Float[Array, "G C R H"],
     key: BFloat16[Array, "J S H"],
@@ -136,7 +138,6 @@ def _attend(
     addend: Float[Array, "G S"] | None,
     share: Float[Array, "G C R"] | None,
     topk: int,
-    interpret: bool,
 ) -> CentroidAttention:
     num_clusters, value_dim = centroids.shape[1], value.shape[-1]
     tiles = min(TILES, -(-key.shape[1] // KEYS))
@@ -158,18 +159,17 @@ def _attend(
         value,
         hopper.pad(addend, 1, block, -jnp.inf),
     )
-    options = {"tiles": tiles, "interpret": interpret}
     share = 1.0 if share is None else of_subclusters(share)
     ranking = top = None
     if operands.num_subclusters > 1 and topk:
-        shift, total = _log_sum_exp(operands, None, None, **options)
+        shift, total = _log_sum_exp(operands, None, None, tiles=tiles)
         ranking = Softmax(shift, share / total)
     index = jnp.zeros((*centroids.shape[:2], 0), jnp.int32)
     if topk:
-        best, index = _select(operands, ranking, topk, **options)
+        best, index = _select(operands, ranking, topk, tiles=tiles)
         top = Top(best[:, None, :, -1], index[:, None, :, -1])
-    shift, total = _log_sum_exp(operands, ranking, top, **options)
-    tail_mean = _average(operands, ranking, top, Softmax(shift, share / total), **options)
+    shift, total = _log_sum_exp(operands, ranking, top, tiles=tiles)
+    tail_mean = _average(operands, ranking, top, Softmax(shift, share / total), tiles=tiles)
     tail_lse = jnp.swapaxes(shift + jnp.log(total), 1, 2)
     return CentroidAttention(
         index[:, :num_clusters],
@@ -178,13 +178,13 @@ def _attend(
     )
 
 
-def _attend_forward(centroids, key, value, addend, share, topk, interpret):
-    attended = _attend(centroids, key, value, addend, share, topk, interpret)
+def _attend_forward(centroids, key, value, addend, share, topk):
+    attended = _attend(centroids, key, value, addend, share, topk)
     return attended, (centroids, key, value, addend, share, attended.index)
 
 
-def _attend_backward(topk, interpret, residuals, gradients):
-    del topk, interpret
+def _attend_backward(topk, residuals, gradients):
+    del topk
     *differentiable, share, index = residuals
     _, vjp = jax.vjp(partial(_dense_tail, share=share, index=index), *differentiable)
     return *vjp((gradients.tail_mean, gradients.tail_lse)), None
@@ -225,17 +225,18 @@ def _dense_tail(
 
 
 def _select(
-    operands: Operands, ranking: Softmax | None, topk: int, *, tiles: int, interpret: bool
+    operands: Operands, ranking: Softmax | None, topk: int, *, tiles: int
 ) -> tuple[Float[Array, "G C k"], Int[Array, "G C k"]]:
     """The top-k keys of each cluster, in order, with their ranks."""
-    options = {"tiles": tiles, "interpret": interpret}
-    most = jnp.swapaxes(_maxima(operands, ranking, **options), 1, 2)  # G C tiles
+    most = jnp.swapaxes(_maxima(operands, ranking, tiles=tiles), 1, 2)  # G C tiles
     if most.shape[-1] < topk:
         least = jnp.full(most.shape[:2], LOWEST)
     else:
         least = lax.top_k(most, topk)[0][..., -1]
     # G blocks C list
-    ranks, index = _collect(operands, ranking, jnp.maximum(least, LOWEST)[:, None], topk, **options)
+    ranks, index = _collect(
+        operands, ranking, jnp.maximum(least, LOWEST)[:, None], topk, tiles=tiles
+    )
 
     def of_cluster(x):
         return jnp.swapaxes(x, 1, 2).reshape(*most.shape[:2], -1)
@@ -285,7 +286,7 @@ def _named(**groups: Softmax | Top | None) -> dict[str, Array]:
 
 
 def _log_sum_exp(
-    operands: Operands, ranking: Softmax | None, top: Top | None, *, tiles: int, interpret: bool
+    operands: Operands, ranking: Softmax | None, top: Top | None, *, tiles: int
 ) -> tuple[Float[Array, "G R C"], Float[Array, "G R C"]]:
     """The largest logit of each sub-cluster, and the sum of their exponentials less this.
 
@@ -325,14 +326,13 @@ def _log_sum_exp(
         finish,
         init,
         tiles=tiles,
-        interpret=interpret,
     )
     most = shift.max(axis=1)
     return most, jnp.sum(total * jnp.exp(shift - most[:, None]), axis=1)
 
 
 def _maxima(
-    operands: Operands, ranking: Softmax | None, *, tiles: int, interpret: bool
+    operands: Operands, ranking: Softmax | None, *, tiles: int
 ) -> Float[Array, "G tiles C"]:
     """The largest rank in each tile of keys."""
 
@@ -347,7 +347,6 @@ def _maxima(
         [(("tiles", "clusters"), jnp.float32)],
         visit,
         tiles=tiles,
-        interpret=interpret,
     )[0]
 
 
@@ -358,7 +357,6 @@ def _collect(
     topk: int,
     *,
     tiles: int,
-    interpret: bool,
 ) -> list[Array]:
     """The top-k keys of each block among those that rank at least so high: ranks and positions.
 
@@ -413,7 +411,6 @@ def _collect(
         finish,
         init,
         tiles=tiles,
-        interpret=interpret,
     )
 
 
@@ -424,7 +421,6 @@ def _average(
     tail: Softmax,
     *,
     tiles: int,
-    interpret: bool,
 ) -> Float[Array, "G C V"]:
     """The sum of the values of keys that are not top, times their weights."""
     num_subclusters = operands.num_subclusters
@@ -447,7 +443,6 @@ def _average(
         visit,
         finish,
         tiles=tiles,
-        interpret=interpret,
     )[0].sum(axis=1)
 
 
@@ -461,7 +456,6 @@ def _sweep(
     init: Callable[[], Any] = lambda: jnp.int32(0),
     *,
     tiles: int,
-    interpret: bool,
 ) -> list[Array]:
     """Shows 64 clusters all tiles of a block of keys, for each head, 64 clusters and block.
 
@@ -474,7 +468,6 @@ def _sweep(
       finish: gets a function that writes, the block, the last carry, and the weighted values.
       init: makes the first carry.
       tiles: number of tiles of a block.
-      interpret: whether to run without a GPU.
     """
     centroids, key, value, addend = operands
     num_parts = len(centroids)
@@ -580,4 +573,4 @@ def _sweep(
         for shape, (_, dtype) in zip(shapes, outputs, strict=True)
     ]
     grid = {"head": num_heads, "clusters": num_clusters // hopper.HEIGHT, "block": sizes["blocks"]}
-    return hopper.launch(name, body, arrays, outputs, grid, interpret)
+    return hopper.launch(name, body, arrays, outputs, grid)

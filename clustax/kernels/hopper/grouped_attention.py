@@ -15,6 +15,26 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from clustax.kernels import hopper
 
+MAX_TOPK, MAX_DIMS = 128, 512
+
+
+def refusal(
+    num_queries: int,
+    num_clusters: int,
+    topk: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype,
+) -> str | None:
+    """Why the kernel cannot serve these shapes and this dtype, or None."""
+    del num_queries, num_clusters, dtype
+    if topk > MAX_TOPK or head_dim + value_dim > MAX_DIMS:
+        return (
+            f"its kernels for GPUs take topk up to {MAX_TOPK} and dims of up to {MAX_DIMS} in all, "
+            f"not {topk}, {head_dim} and {value_dim}"
+        )
+    return None
+
 
 def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
     """The number of queries in a tile, whatever the shapes."""
@@ -34,7 +54,6 @@ def grouped_attention(
     top_lse: Float[Array, "G L 64"] | None = None,
     *,
     scale: float | Float[Array, ""],
-    interpret: bool = False,
 ) -> BFloat16[Array, "G L 64 V"]:
     """Attention of each query over the keys of its tile's cluster, merged with the tail.
 
@@ -50,14 +69,13 @@ def grouped_attention(
       top_lse: for each query what the top-k keys weigh against the tail; its own log-sum-exp of
         their logits if None.
       scale: factor of the logits.
-      interpret: whether to run without a GPU.
     """
     scale = jnp.asarray(scale, jnp.float32)
     tail = (tail_mean, tail_lse, top_lse)
-    return _attend(query, key, value, hopper.addend(bias, valid), *tail, scale, cluster, interpret)
+    return _attend(query, key, value, hopper.addend(bias, valid), *tail, scale, cluster)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(9,))
+@jax.custom_vjp
 def _attend(
     query: BFloat16[Array, "G L 64 H"],
     key: BFloat16[Array, "G C k H"],
@@ -68,7 +86,6 @@ def _attend(
     top_lse: Float[Array, "G L 64"] | None,
     scale: Float[Array, ""],
     cluster: Int[Array, "G L"],
-    interpret: bool,
 ) -> BFloat16[Array, "G L 64 V"]:
     value_dim = value.shape[-1]
     if addend is None:
@@ -145,16 +162,15 @@ def _attend(
 
     output = jax.ShapeDtypeStruct((num_heads, num_tiles, height, width), jnp.bfloat16)
     grid = {"head": num_heads, "tile": num_tiles}
-    out = hopper.launch("grouped_attention", body, arrays, [output], grid, interpret)[0]
+    out = hopper.launch("grouped_attention", body, arrays, [output], grid)[0]
     return out[..., :value_dim]
 
 
 def _attend_forward(*args):
-    return _attend(*args), args[:-1]
+    return _attend(*args), args
 
 
-def _attend_backward(interpret, residuals, gradient):
-    del interpret
+def _attend_backward(residuals, gradient):
     *differentiable, cluster = residuals
     _, vjp = jax.vjp(partial(_dense, cluster), *differentiable)
     return *vjp(gradient), None

@@ -40,7 +40,6 @@ def hamming(
     *,
     num_bits: int,
     num_iterations: int,
-    interpret: bool = False,
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
     """``clustax.kmeans.hamming`` of all heads at once."""
     bits = (codes[..., None] >> jnp.arange(32, dtype=codes.dtype)) & 1
@@ -54,9 +53,7 @@ def hamming(
         offset = jnp.full(centroids.shape[:2], num_bits / 2, jnp.float32)
         return [centroids / 4], offset
 
-    return _lloyd(
-        points, [points], jnp.float32(0), start, valid, encode, expand, num_iterations, interpret
-    )
+    return _lloyd(points, [points], jnp.float32(0), start, valid, encode, expand, num_iterations)
 
 
 def euclidean(
@@ -65,7 +62,6 @@ def euclidean(
     valid: Bool[Array, "G T"],
     *,
     num_iterations: int,
-    interpret: bool = False,
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
     """``clustax.kmeans.euclidean`` of all heads at once."""
 
@@ -78,10 +74,10 @@ def euclidean(
     points = jnp.where(valid[..., None], points, 0)
     norms = jnp.sum(points**2, axis=-1)
     parts = hopper.bfloat16_parts(points)
-    return _lloyd(points, parts, norms, start, valid, mean, expand, num_iterations, interpret)
+    return _lloyd(points, parts, norms, start, valid, mean, expand, num_iterations)
 
 
-def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterations, interpret):
+def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterations):
     """Lloyd's algorithm, as in ``clustax.kmeans``.
 
     Args:
@@ -93,7 +89,6 @@ def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterati
       centroids_of: the centroids of clusters, given the sums of their members and how many.
       expand: what the kernel takes for centroids: parts, and what is added to distances.
       num_iterations: number of assignments.
-      interpret: whether to run without a GPU.
     """
     num_clusters, length = start.shape[1], points.shape[1]
     ids = jnp.arange(num_clusters)
@@ -106,9 +101,7 @@ def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterati
         centroid_parts, offset = expand(centroids)
         centroid_parts = [_aligned(part, hopper.HEIGHT) for part in centroid_parts]
         offset = hopper.pad(offset, 1, hopper.HEIGHT, jnp.inf)
-        index, distance, *sums = _assign(
-            parts, centroid_parts, offset, tiles=tiles, sums=sums, interpret=interpret
-        )
+        index, distance, *sums = _assign(parts, centroid_parts, offset, tiles=tiles, sums=sums)
         index = jnp.where(index < num_clusters, index, 0)[:, :length]  # NaN is nowhere nearest
         index = jnp.where(valid, index, num_clusters)
         counts = jnp.sum(index[:, None] == ids[:, None], axis=-1, dtype=jnp.int32)
@@ -141,7 +134,6 @@ def _assign(
     *,
     tiles: int,
     sums: bool,
-    interpret: bool,
 ) -> list[Array]:
     """The centroid j of least offset_j - 2 x·c_j, C if there is none; this distance; perhaps sums.
 
@@ -239,4 +231,4 @@ def _assign(
         outputs.append(jax.ShapeDtypeStruct(shape_of_sums, jnp.float32))
     operands = [*points, *centroids, offset]
     grid = {"head": num_heads, "block": blocks}
-    return hopper.launch("assign", body, operands, outputs, grid, interpret)
+    return hopper.launch("assign", body, operands, outputs, grid)
