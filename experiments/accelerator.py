@@ -1,0 +1,333 @@
+"""Clustered attention on an accelerator: is it right, and how long does it take?
+
+Compares the implementations with each other and with exact attention, on the device that JAX finds.
+
+    python -m experiments.accelerator --help
+"""
+
+import glob
+import importlib
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import clustax
+from clustax import ClusteredAttention
+from clustax.implementations import choose
+from experiments.common.files import whole_file
+from experiments.common.timing import Times, take_turns
+
+QUEUED = 8  # calls in a row, so that the time to start one is hidden behind the one before
+EXACT = "exact"
+PASSES = ("forward", "forward and backward")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, in bfloat16.
+
+    Args:
+        lengths: sequence lengths T = S.
+        batch: sequences at once.
+        heads: attention heads N.
+        head_dim: their dimension H.
+        clusters: clusters C of each head.
+        topk: keys k with exact logits.
+        rounds: counted runs of each rival and length.
+        profiled: the length at which the parts of the default attention are timed.
+        checked: the length at which results are compared with those in float32.
+        seed: of queries, keys and values.
+        output: where the results go, without the ending.
+    """
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
+    batch: int = 1
+    heads: int = 16
+    head_dim: int = 64
+    clusters: int = 100
+    topk: int = 32
+    rounds: int = 5
+    profiled: int = 16384
+    checked: int = 4096
+    seed: int = 0
+    output: Path = Path("results/accelerator")
+
+
+class Row(NamedTuple):
+    """One rival at one length."""
+
+    attention: str
+    measured: str  # one of PASSES
+    length: int
+    times: Times
+
+
+class Check(NamedTuple):
+    """How far results are from those of the XLA implementation in float32, for the same clusters.
+
+    Errors are Euclidean norms of differences, relative to those of what is expected.
+    """
+
+    attention: str
+    output: float
+    gradients: tuple[float, ...]  # of query, key, value
+
+
+def inputs(settings: Settings, length: int) -> list[jax.Array]:
+    """Queries, keys and values: groups of alike queries, as real ones are."""
+    rng = np.random.default_rng(settings.seed)
+    shape = (settings.batch, length, settings.heads, settings.head_dim)
+    topics = rng.standard_normal((64, settings.heads, settings.head_dim))
+    topic = rng.integers(64, size=shape[:2])
+    query = topics[topic] + 0.5 * rng.standard_normal(shape)
+    key = 0.5 * topics[rng.permuted(topic)] + rng.standard_normal(shape)
+    return [jnp.asarray(x, jnp.bfloat16) for x in (query, key, rng.standard_normal(shape))]
+
+
+def settings_of(settings: Settings) -> dict[str, ClusteredAttention]:
+    """The settings that are compared."""
+    options = {"num_clusters": settings.clusters, "topk": settings.topk}
+    return {
+        "default": ClusteredAttention(**options),
+        "default, R = 1": ClusteredAttention(**options, num_subclusters=1),
+        "paper": ClusteredAttention.paper(**options),
+    }
+
+
+def implementations() -> list[str]:
+    """Those that can run here."""
+    choice = choose()
+    return ["xla"] if choice.refused else ["pallas", "xla"]
+
+
+def rivals(settings: Settings) -> dict[str, Callable[..., jax.Array]]:
+    """All that take turns, called with query, key and value."""
+    is_cuda = jax.default_backend() == "gpu"
+    exact: dict[str, Callable[..., jax.Array]] = {}
+    if is_cuda:
+        exact[f"{EXACT} (cuDNN)"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        tokamax = importlib.import_module("tokamax")
+        exact[f"{EXACT} (tokamax)"] = tokamax.dot_product_attention
+    except ImportError:
+        if not is_cuda:
+            exact[f"{EXACT} (JAX)"] = jax.nn.dot_product_attention
+    settled = settings_of(settings)
+    ours = {
+        f"{name} ({implementation})": replace(attention, implementation=implementation)
+        for implementation in implementations()
+        for name, attention in settled.items()
+    }
+    if "pallas" in implementations():  # XLA's for the default only: compiling takes long
+        ours = {name: ours[name] for name in [f"{x} (pallas)" for x in settled] + ["default (xla)"]}
+    return exact | ours
+
+
+def with_gradient(attention: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The gradient of the output's sum of squares, which has a use for all of the output."""
+
+    def loss(*args):
+        return jnp.sum(attention(*args).astype(jnp.float32) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+def measure(settings: Settings, length: int, advance: Callable[[], None]) -> list[Row]:
+    """Times all rivals at one length."""
+    arrays = inputs(settings, length)
+    runs = {}
+    for name, attention in rivals(settings).items():
+        for measured, function in zip(PASSES, (attention, with_gradient(attention)), strict=True):
+            runs[name, measured] = partial(_run, jax.jit(function), arrays)
+    times = take_turns(runs, settings.rounds, advance)
+    return [Row(*key, length, _per_call(value)) for key, value in times.items()]
+
+
+def _run(program: Callable[..., Any], arrays: list[jax.Array]) -> None:
+    jax.block_until_ready([program(*arrays) for _ in range(QUEUED)])
+
+
+def _per_call(times: Times) -> Times:
+    return Times(tuple(seconds / QUEUED for seconds in times.seconds))
+
+
+def check(settings: Settings) -> list[Check]:
+    """Compares each implementation with XLA's in float32, which has products in full precision."""
+    arrays = inputs(settings, settings.checked)
+    wide = [array.astype(jnp.float32) for array in arrays]
+
+    def error(actual, expected):
+        difference = actual.astype(jnp.float32) - expected
+        return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
+
+    checks = []
+    for name, attention in settings_of(settings).items():
+        clusters = jax.jit(replace(attention, implementation="xla").cluster)(*arrays[:2])
+
+        def results(implementation, arrays, attention=attention, clusters=clusters):
+            attend = partial(replace(attention, implementation=implementation), clusters=clusters)
+            return jax.jit(attend)(*arrays), *jax.jit(with_gradient(attend))(*arrays)
+
+        with jax.default_matmul_precision("highest"):
+            expected = results("xla", wide)
+        for implementation in implementations():
+            output, *gradients = map(error, results(implementation, arrays), expected)
+            checks.append(Check(f"{name} ({implementation})", output, tuple(gradients)))
+    return checks
+
+
+def profile(settings: Settings) -> dict[str, dict[str, float]]:
+    """Microseconds on the device that each program of the default attention takes, by pass."""
+    arrays = inputs(settings, settings.profiled)
+    attention = settings_of(settings)["default"]
+    parts = {}
+    for measured, function in zip(PASSES, (attention, with_gradient(attention)), strict=True):
+        program = jax.jit(function)
+        jax.block_until_ready(program(*arrays))
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(program(*arrays))
+            (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+            parts[measured] = _device_times(jax.profiler.ProfileData.from_file(path))
+    return parts
+
+
+def _device_times(data: Any) -> dict[str, float]:
+    times: dict[str, float] = defaultdict(float)
+    for plane in data.planes:
+        for line in plane.lines if plane.name.startswith("/device:") else ():
+            if line.name.startswith("Stream") or line.name == "XLA Ops":
+                for event in line.events:
+                    times[event.name] += event.duration_ns / 1e3
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def fastest_exact(rows: list[Row], row: Row) -> float | None:
+    """The time of the fastest exact attention in the place of this row."""
+    same = [other for other in rows if other[1:3] == row[1:3]]
+    times = [other.times.median for other in same if other.attention.startswith(EXACT)]
+    return min(times, default=None)
+
+
+def make_table(settings: Settings, rows: list[Row], measured: str) -> Table:
+    """Medians in milliseconds, and how many times faster than the fastest exact attention."""
+    table = Table(title=f"Milliseconds, {measured}")
+    table.add_column("T", justify="right")
+    names = list(dict.fromkeys(row.attention for row in rows))
+    for name in names:
+        table.add_column(name.replace(" (", "\n("), justify="right")
+    for length in settings.lengths:
+        cells = []
+        for row in rows:
+            if row.length == length and row.measured == measured:
+                exact = fastest_exact(rows, row)
+                cell = f"{1000 * row.times.median:.2f}"
+                if exact and not row.attention.startswith(EXACT):
+                    cell += f"\n{exact / row.times.median:.1f}×"
+                cells.append(cell)
+        table.add_row(str(length), *cells)
+    return table
+
+
+def draw(settings: Settings, rows: list[Row]) -> Figure:
+    """Draws time against length."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    for axes, measured in zip(panels, PASSES, strict=True):
+        for name in dict.fromkeys(row.attention for row in rows):
+            mine = [row for row in rows if (row.attention, row.measured) == (name, measured)]
+            style = "k--" if name.startswith(EXACT) else ":" if "xla" in name else "-"
+            medians = [1000 * row.times.median for row in mine]
+            axes.plot([row.length for row in mine], medians, style, marker="o", label=name)
+        axes.set(title=measured, xlabel="sequence length T", xscale="log", yscale="log")
+        axes.set_xticks(settings.lengths, [str(length) for length in settings.lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def make_record(
+    settings: Settings, rows: list[Row], checks: list[Check], parts: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """All that is needed to understand the figures or to get them again."""
+    options = asdict(settings)
+    del options["output"]
+    return {
+        "settings": options,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"clustax": clustax.__version__, "jax": jax.__version__},
+        "refused": dict(choose().refused),
+        "rows": [
+            {
+                "attention": row.attention,
+                "measured": row.measured,
+                "length": row.length,
+                "median_seconds": row.times.median,
+                "quartiles_seconds": row.times.quartiles,
+                "fastest_exact_seconds": fastest_exact(rows, row),
+            }
+            for row in rows
+        ],
+        "checks": [check._asdict() for check in checks],
+        "device_microseconds": parts,
+    }
+
+
+def run(settings: Settings, console: Console) -> None:
+    """Checks, measures, prints, writes the results."""
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"On {jax.devices()[0].device_kind}: {', '.join(implementations())}")
+    checks = check(settings)
+    for each in checks:
+        gradients = ", ".join(f"{gradient:.1e}" for gradient in each.gradients)
+        console.print(f"{each.attention}: errors {each.output:.1e}, of gradients {gradients}")
+    rows: list[Row] = []
+    with Progress(console=console) as progress:
+        for length in settings.lengths:
+            task = progress.add_task(f"T = {length}", total=None)
+            rows += measure(settings, length, lambda task=task: progress.advance(task))
+            progress.update(task, total=1, completed=1)
+    for measured in PASSES:
+        console.print(make_table(settings, rows, measured))
+    parts = profile(settings)
+    for measured, times in parts.items():
+        console.print(
+            f"Default at T = {settings.profiled}, {measured}: {sum(times.values()):.0f} µs"
+        )
+        for name, microseconds in list(times.items())[:16]:
+            console.print(f"{microseconds:9.1f} µs  {name[:80]}")
+    with whole_file(Path(f"{settings.output}.png")) as path:
+        draw(settings, rows).savefig(path, dpi=110)
+    with whole_file(Path(f"{settings.output}.json")) as path:
+        record = make_record(settings, rows, checks, parts)
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    console.print(f"Wrote {settings.output}.json and .png")
+
+
+def main() -> None:
+    """The command line."""
+    settings = tyro.cli(Settings, prog="python -m experiments.accelerator")
+    try:
+        run(settings, Console())
+    except OSError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
