@@ -301,15 +301,25 @@ def _log_sum_exp(
     def visit(tile, carry):
         is_top = None if top is None else _is_top(tile, num_subclusters)
 
-        def add(r, shift, total):
+        def add(r, carry):
+            here = plgpu.layout_cast(jnp.full(hopper.HEIGHT, r, jnp.int32), hopper.ROWS)
+            shift, total = carry[0]
+            for other, (of_shift, of_total) in enumerate(carry[1:], start=1):
+                shift = jnp.where(here == other, of_shift, shift)
+                total = jnp.where(here == other, of_total, total)
             logits = tile.logits(r)
             if is_top is not None:
                 logits = jnp.where(is_top, -jnp.inf, logits)
             new = jnp.maximum(shift, logits.max(axis=1))
             weights = jnp.exp(logits - hopper.of_rows(new, TILE))
-            return new, total * jnp.exp(shift - new) + weights.sum(axis=1)
+            total = total * jnp.exp(shift - new) + weights.sum(axis=1)
+            return tuple(
+                (jnp.where(here == other, new, of_shift), jnp.where(here == other, total, of_total))
+                for other, (of_shift, of_total) in enumerate(carry)
+            )
 
-        return tuple(add(r, *carry[r]) for r in range(num_subclusters))
+        # Not unrolled: the logits of several sub-clusters at a time would not fit registers.
+        return lax.fori_loop(0, num_subclusters, add, carry)
 
     def finish(write, block, carry, _):
         for r, (shift, total) in enumerate(carry):
