@@ -50,7 +50,8 @@ class GroupedBlocks:
         tile_size, head_dim = query.shape[2:]
         topk, value_dim = value.shape[2:]
         size = _bytes_per_tile(tile_size, topk, head_dim, value_dim, query.dtype)
-        return cls(max(1, min(VMEM_BYTES // size, STEP_TILES)))
+        most = STEP_TILES if query.dtype.itemsize == 2 else STEP_TILES // 2  # or registers spill
+        return cls(max(1, min(VMEM_BYTES // size, most)))
 
 
 def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
