@@ -154,13 +154,20 @@ def attend_head(
 
 
 def tile_queries(
-    assignment: Int[Array, " T"], counts: Int[Array, " C"], size: int | None = None
+    assignment: Int[Array, " T"],
+    counts: Int[Array, " C"],
+    size: int | None = None,
+    multiple: int = 1,
 ) -> Tiles:
-    """Sorts queries by cluster and cuts the sorted sequence into tiles of one cluster each."""
+    """Sorts queries by cluster and cuts the sorted sequence into tiles of one cluster each.
+
+    There are as many tiles of ``size`` slots as it may take, rounded up to a ``multiple``.
+    """
     num_queries, num_clusters = len(assignment), len(counts)
     size = tile_size(num_queries, num_clusters) if size is None else size
     # Each cluster leaves at most size - 1 slots of its last tile empty.
     num_tiles = (num_queries + num_clusters * (size - 1)) // size
+    num_tiles += -num_tiles % multiple
 
     tiles = -(-counts // size)
     tile_ends, ends = jnp.cumsum(tiles, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)

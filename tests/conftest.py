@@ -45,8 +45,8 @@ def interpreted(request, monkeypatch):
     """Has the Pallas kernels interpreted where they are under test."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     is_tested = parameters.get("implementation") == "pallas"
-    if is_tested:  # less to compile; tests/kernels has steps of several heads
-        monkeypatch.setattr("clustax.kernels.grouped_attention.MAX_HEADS", 1)
+    if is_tested:  # less to compile; tests/kernels has steps of several tiles
+        monkeypatch.setattr("clustax.kernels.grouped_attention.STEP_TILES", 1)
     with kernels.interpret("tpu" if is_tested else None):
         yield
 

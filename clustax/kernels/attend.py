@@ -61,7 +61,8 @@ def attend(
         options["interpret"] = kernels.interpret.value is not None
 
     size = grouped.tile_size(length, num_clusters, query.dtype)
-    tiles = jax.vmap(partial(xla.tile_queries, size=size))(assignment, counts)
+    tile = partial(xla.tile_queries, size=size, multiple=grouped.STEP_TILES)
+    tiles = jax.vmap(tile)(assignment, counts)
     slots = tiles.query.reshape(len(query), -1)  # G L·M
     queries = _move(query, slots, tiles.slot).reshape(*tiles.query.shape, -1)  # G L M H
 

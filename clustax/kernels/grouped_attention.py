@@ -1,14 +1,15 @@
 """Attention of tiles of queries over the top-k keys of their clusters, merged with the tail.
 
-A step of the grid takes one tile of each of several heads. The keys of a tile's cluster are found
-through the cluster's index, which is there before the step begins, so that the pipeline fetches
-them ahead, and once for all the tiles of a cluster: these come one after another. Logits are kept
-transposed, keys by queries: the softmax then runs over sublanes, and what belongs to a query fills
-lanes.
+A step of the grid takes several tiles, each from another head, or from another stretch of the tiles
+of a head. The keys of a tile's cluster are found through the cluster's index, which is there before
+the step begins, so that the pipeline fetches them ahead, and once for all the tiles of a cluster:
+these come one after another. Logits are kept transposed, keys by queries: the softmax then runs
+over sublanes, and what belongs to a query fills lanes.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 VMEM_BYTES = 12 * 2**20
 # Half of its scalar memory, which holds a number for each tile of all heads.
 MAX_TILES = 2**17
-MAX_HEADS = 4
+STEP_TILES = 4
 # Stands for -inf in the logits of masked keys, as in clustax.xla.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 
@@ -32,25 +33,25 @@ class GroupedBlocks:
     """How much of the problem a step of the grid takes.
 
     Attributes:
-      heads: the number of heads of which it takes a tile each; it has to divide G.
+      tiles: the number of tiles, at least 1. More of them hide what a step costs besides, and need
+        more memory.
     """
 
-    heads: int
+    tiles: int
 
     def __post_init__(self):
-        """Checks what can be checked without shapes."""
-        if self.heads < 1:
-            raise ValueError(f"heads must be at least 1, got {self.heads}.")
+        """Refuses sizes that make no sense."""
+        if self.tiles < 1:
+            raise ValueError(f"tiles must be at least 1, got {self.tiles}.")
 
     @classmethod
     def default(cls, query: Float[Array, "G L M H"], value: Float[Array, "G C k V"]):
-        """As many heads as hide what a step costs besides, divide G, and fit on the chip."""
-        num_heads, _, tile_size, head_dim = query.shape
+        """As many as fit on the chip, within reason."""
+        tile_size, head_dim = query.shape[2:]
         topk, value_dim = value.shape[2:]
-        fit = VMEM_BYTES // _bytes_per_head(tile_size, topk, head_dim, value_dim, query.dtype)
-        small = 512 // (tile_size * query.dtype.itemsize)
-        most = max(1, min(fit, small, MAX_HEADS))
-        return cls(max(n for n in range(1, most + 1) if num_heads % n == 0))
+        size = _bytes_per_tile(tile_size, topk, head_dim, value_dim, query.dtype)
+        most = STEP_TILES if query.dtype.itemsize == 2 else STEP_TILES // 2  # or registers spill
+        return cls(max(1, min(VMEM_BYTES // size, most)))
 
 
 def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
@@ -62,7 +63,7 @@ def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
     return min(256 // dtype.itemsize, max(16, 1 << (mean.bit_length() - 1)))
 
 
-def _bytes_per_head(
+def _bytes_per_tile(
     tile_size: int, topk: int, head_dim: int, value_dim: int, dtype: jnp.dtype
 ) -> int:
     """On-chip memory of a step of the backward pass, which needs the most."""
@@ -89,7 +90,7 @@ def refusal(
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"its kernels take float32 and bfloat16, not {dtype.name}"
     size = tile_size(num_queries, num_clusters, dtype)
-    if _bytes_per_head(size, topk, head_dim, value_dim, dtype) > VMEM_BYTES:
+    if _bytes_per_tile(size, topk, head_dim, value_dim, dtype) > VMEM_BYTES:
         return f"topk={topk} keys and values of dims {head_dim} and {value_dim} exceed its memory"
     return None
 
@@ -149,16 +150,11 @@ def grouped_attention(
     Raises:
       ValueError: if tiles have one slot only, or ``blocks`` do not go with the shapes.
     """
-    if blocks is None:
-        blocks = GroupedBlocks.default(query, value)
-    num_heads, _, tile_size, _ = query.shape
+    num_heads, num_tiles, tile_size, _ = query.shape
     if tile_size < 2:
         raise ValueError(f"tiles must have at least 2 slots M, got {tile_size}; pad them.")
-    if num_heads % blocks.heads:
-        raise ValueError(
-            f"heads must divide the G = {num_heads} of query, got {blocks.heads}; "
-            "leave blocks out to have them chosen."
-        )
+    if blocks is None:
+        blocks = GroupedBlocks.default(query, value)
     if valid is not None:  # keys that do not count hold zeros: their logits are what is added
         bias = jnp.where(valid, 0.0 if bias is None else bias, MASKED)
 
@@ -169,15 +165,27 @@ def grouped_attention(
     keys = Keys(key, value, as_rows(bias), as_rows(tail_mean))
     scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
 
-    def attend_heads(heads):
-        return _attend(*heads, scale, blocks.heads, interpret)
+    # Where heads do not fill steps, they are cut into stretches, which are heads of the same keys.
+    stretches = blocks.tiles // math.gcd(num_heads, blocks.tiles)
+    added = -num_tiles % stretches
 
-    heads = (slots, keys, cluster)
-    calls = _num_calls(cluster, num_heads // blocks.heads)
+    def stretch(x):  # G L … -> G·stretches …
+        if added:  # tiles of the last cluster
+            x = jnp.pad(x, ((0, 0), (0, added), *((0, 0),) * (x.ndim - 2)), mode="edge")
+        return x.reshape(num_heads * stretches, -1, *x.shape[2:])
+
+    slots, cluster = jax.tree.map(stretch, (slots, cluster))
+
+    def attend_heads(heads) -> Float[Array, "G_ L_ M V"]:
+        return _attend(*heads, scale, blocks.tiles, interpret)
+
+    calls = _num_calls(cluster, len(cluster) // blocks.tiles)
     if calls == 1:
-        return attend_heads(heads)
-    heads = jax.tree.map(lambda x: x.reshape(calls, -1, *x.shape[1:]), heads)
-    return lax.map(attend_heads, heads).reshape(*query.shape[:3], -1)
+        rows = attend_heads((slots, cluster, keys))
+    else:
+        in_turn = jax.tree.map(lambda x: x.reshape(calls, -1, *x.shape[1:]), (slots, cluster, keys))
+        rows = lax.map(attend_heads, in_turn)
+    return rows.reshape(num_heads, -1, *rows.shape[-2:])[:, :num_tiles]
 
 
 def _num_calls(cluster: Int[Array, "G L"], steps: int) -> int:
@@ -189,13 +197,14 @@ def _num_calls(cluster: Int[Array, "G L"], steps: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(
     slots: Slots,
-    keys: Keys,
     cluster: Int[Array, "G L"],
+    keys: Keys,
     scale: Float[Array, ""],
-    heads: int,
+    step_tiles: int,
     interpret: bool,
 ) -> Float[Array, "G L M V"]:
-    grid = _Grid(*cluster.shape, heads=heads)
+    """The same where keys may have fewer heads, each of them for several heads of tiles."""
+    grid = _Grid(cluster.shape, len(keys.key), step_tiles)
     rows = jax.ShapeDtypeStruct((*slots.query.shape[:3], keys.value.shape[-1]), slots.query.dtype)
     return pl.pallas_call(
         _forward,
@@ -206,20 +215,21 @@ def _attend(
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
         name="grouped_attention",
-    )(cluster.reshape(-1), scale[None], slots, (keys,) * heads)
+    )(cluster.reshape(-1), scale[None], slots, (keys,) * step_tiles)
 
 
-def _attend_forward(slots, keys, cluster, scale, heads, interpret):
-    return _attend(slots, keys, cluster, scale, heads, interpret), (slots, keys, cluster, scale)
+def _attend_forward(slots, cluster, keys, scale, step_tiles, interpret):
+    rows = _attend(slots, cluster, keys, scale, step_tiles, interpret)
+    return rows, (slots, cluster, keys, scale)
 
 
-def _attend_backward(heads, interpret, residuals, d_rows):
-    slots, keys, cluster, scale = residuals
-    grid = _Grid(*cluster.shape, heads=heads)
+def _attend_backward(step_tiles, interpret, residuals, d_rows):
+    slots, cluster, keys, scale = residuals
+    grid = _Grid(cluster.shape, len(keys.key), step_tiles)
     num_heads, num_tiles, tile_size, _ = slots.query.shape
 
     def summed(x):  # over the tiles of a cluster
-        return jax.ShapeDtypeStruct((num_heads // heads, *x.shape[1:]), scale.dtype)
+        return jax.ShapeDtypeStruct((num_heads // step_tiles, *x.shape[1:]), scale.dtype)
 
     d_scale = jax.ShapeDtypeStruct((num_heads, num_tiles, 1, tile_size), scale.dtype)
     tile_specs = jax.tree.map(grid.tile, slots)
@@ -227,7 +237,7 @@ def _attend_backward(heads, interpret, residuals, d_rows):
         _backward,
         out_shape=(
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), slots),
-            (jax.tree.map(summed, keys),) * heads,
+            (jax.tree.map(summed, keys),) * step_tiles,
             d_scale,
         ),
         grid_spec=grid.spec(
@@ -237,16 +247,17 @@ def _attend_backward(heads, interpret, residuals, d_rows):
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
         name="grouped_attention_backward",
-    )(cluster.reshape(-1), scale[None], slots, (keys,) * heads, d_rows)
+    )(cluster.reshape(-1), scale[None], slots, (keys,) * step_tiles, d_rows)
 
     every = jnp.arange(keys.key.shape[1])[:, None]
-    has_tiles = jnp.any(cluster[:, None] == every, axis=-1)  # G C
+    has_tiles = jnp.any(cluster[:, None] == every, axis=-1)[..., None, None]  # G C 1 1
 
     def joined(key, *d_key):  # nothing was written where a cluster has no tiles
-        d_key = jnp.stack(d_key, axis=1).reshape(key.shape)
-        return jnp.where(has_tiles[..., None, None], d_key, 0).astype(key.dtype)
+        d_key = jnp.stack(d_key, axis=1).reshape(num_heads, *key.shape[1:])
+        d_key = jnp.where(has_tiles, d_key, 0)
+        return d_key.reshape(len(key), -1, *key.shape[1:]).sum(axis=1).astype(key.dtype)
 
-    return d_slots, jax.tree.map(joined, keys, *d_keys), None, d_scale.sum()
+    return d_slots, None, jax.tree.map(joined, keys, *d_keys), d_scale.sum()
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -256,60 +267,64 @@ _COMPILER_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitr
 
 
 class _Grid(NamedTuple):
-    """Blocks of arrays on a grid of G / heads by L steps."""
+    """Blocks of arrays on a grid: a step takes a tile of each of some heads."""
 
-    num_heads: int
-    num_tiles: int
-    heads: int
+    shape: tuple[int, ...]  # G L
+    num_key_heads: int
+    step_tiles: int
 
     def spec(self, **specs) -> pltpu.PrefetchScalarGridSpec:
         """The grid; all clusters of tiles, and the scale, are there before the first step."""
-        grid = (self.num_heads // self.heads, self.num_tiles)
+        grid = (self.shape[0] // self.step_tiles, self.shape[1])
         return pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=grid, **specs)
 
     def tile(self, x) -> pl.BlockSpec:
         """A tile of each head."""
-        return pl.BlockSpec((self.heads, None, *x.shape[2:]), lambda g, tile, *_: (g, tile, 0, 0))
+        block = (self.step_tiles, None, *x.shape[2:])
+        return pl.BlockSpec(block, lambda g, step, *_: (g, step, 0, 0))
 
     def keys(self, keys: Keys) -> tuple[Keys, ...]:
-        """The keys of the cluster of its tile, for each head."""
-        return self._of_cluster(keys, lambda g, head: g * self.heads + head)
+        """The keys of the cluster of each tile."""
+        heads_per_key_head = self.shape[0] // self.num_key_heads
+        return self._of_cluster(
+            keys, lambda g, tile: lax.div(g * self.step_tiles + tile, heads_per_key_head)
+        )
 
     def d_keys(self, keys: Keys) -> tuple[Keys, ...]:
-        """The same, for each head in an array of its own."""
+        """The same in arrays of all first tiles of steps, all second ones, ..."""
         return self._of_cluster(keys, lambda g, _: g)
 
     def _of_cluster(self, keys, place):
-        def spec(head, x):
-            def index(g, tile, cluster, _):
-                own = cluster[(g * self.heads + head) * self.num_tiles + tile]
-                return place(g, head), own, 0, 0
+        def spec(tile, x):
+            def index(g, step, cluster, _):
+                own = cluster[(g * self.step_tiles + tile) * self.shape[1] + step]
+                return place(g, tile), own, 0, 0
 
             return pl.BlockSpec((None, None, *x.shape[2:]), index)
 
-        heads = range(self.heads)
-        return tuple(jax.tree.map(functools.partial(spec, head), keys) for head in heads)
+        tiles = range(self.step_tiles)
+        return tuple(jax.tree.map(functools.partial(spec, tile), keys) for tile in tiles)
 
 
 def _forward(cluster, scale, slots, keys, rows):
     del cluster  # was for the pipeline
-    for head, own in enumerate(keys):
-        tile = _attend_tile(_read(slots, head), _read(own), scale[0])
-        rows[head] = tile.astype(rows.dtype)
+    for tile, own in enumerate(keys):
+        of_tile = _attend_tile(_read(slots, tile), _read(own), scale[0])
+        rows[tile] = of_tile.astype(rows.dtype)
 
 
 def _backward(cluster, scale, slots, keys, d_rows, d_slots, d_keys, d_scale):
-    step, num_tiles = pl.program_id(1), pl.num_programs(1)
-    for head, (own, d_own) in enumerate(zip(keys, d_keys, strict=True)):
-        place = (pl.program_id(0) * len(keys) + head) * num_tiles + step
+    step, num_steps = pl.program_id(1), pl.num_programs(1)
+    for tile, (own, d_own) in enumerate(zip(keys, d_keys, strict=True)):
+        place = (pl.program_id(0) * len(keys) + tile) * num_steps + step
         starts = (step == 0) | (cluster[place] != cluster[jnp.maximum(place - 1, 0)])
         pl.when(starts)(functools.partial(_zero, d_own))
         of_slots, of_keys, of_scale = _tile_gradients(
-            _read(slots, head), _read(own), scale[0], d_rows[head]
+            _read(slots, tile), _read(own), scale[0], d_rows[tile]
         )
         of_tile = jax.tree.leaves((of_slots, of_scale))
         for ref, x in zip(jax.tree.leaves((d_slots, d_scale)), of_tile, strict=True):
-            ref[head] = x.astype(ref.dtype)
+            ref[tile] = x.astype(ref.dtype)
         for ref, x in zip(jax.tree.leaves(d_own), jax.tree.leaves(of_keys), strict=True):
             ref[...] += x
 

@@ -27,7 +27,7 @@ class Problem:
     merge: str | None = "mass"
     bias: bool = False
     mask: bool = False
-    heads: int | None = None
+    tiles: int | None = None
     dtype: str = "float32"
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Problem:
 
 PROBLEMS = [
     Problem("mass"),
-    Problem("lse", merge="lse", heads=1),
+    Problem("lse", merge="lse", tiles=1),
     Problem("no_tail", merge=None, bias=True, mask=True),
     Problem("odd_mass", M=3, k=11, H=7, V=5, bias=True, mask=True),
     Problem("odd_lse", cluster=((0, 1, 4),) * 3, C=5, M=2, k=3, V=6, merge="lse", mask=True),
@@ -113,7 +113,7 @@ def evaluate(attention, given, cotangent):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_outputs_and_gradients(problem):
     given = operands(problem)
-    blocks = None if problem.heads is None else GroupedBlocks(problem.heads)
+    blocks = None if problem.tiles is None else GroupedBlocks(problem.tiles)
     kernel = functools.partial(grouped_attention, blocks=blocks, interpret=True)
     shape = (*given["query"].shape[:3], problem.V)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), problem.dtype)
@@ -149,10 +149,8 @@ def test_heads_whose_tiles_are_too_many_come_in_turn(monkeypatch):
 
 
 def test_blocks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="tiles must be at least 1, got 0"):
         GroupedBlocks(0)
-    with pytest.raises(ValueError, match=r"heads must divide the G = 2 .*, got 3"):
-        grouped_attention(**operands(PROBLEMS[0]), blocks=GroupedBlocks(3))
     with pytest.raises(ValueError, match="at least 2 slots M, got 1"):
         grouped_attention(**operands(dataclasses.replace(PROBLEMS[0], M=1)))
 
