@@ -140,13 +140,18 @@ def _attend(settings, centroids, key, value, addend, share):
 class _Tile(NamedTuple):
     """Where a tile of keys is."""
 
-    row: Int[Array, ""]  # in its block
+    number: Int[Array, ""]  # in its block
     start: Int[Array, ""]  # in the sequence
     length: int  # of the sequence
 
+    @property
+    def rows(self) -> pl.Slice:
+        """Where it is in its block."""
+        return pl.ds(pl.multiple_of(self.number * TILE, TILE), TILE)
+
     def load(self, ref: Array) -> Float[Array, "keys _"]:
         """These rows of a block; those beyond the sequence are zero."""
-        rows = ref[0, pl.ds(self.row, TILE)]
+        rows = ref[0, self.rows]
         if self.length % TILE:
             position = self.start + _iota(rows.shape)
             rows = jnp.where(position < self.length, rows, jnp.zeros_like(rows))
@@ -158,7 +163,7 @@ class _Tile(NamedTuple):
         """The logits of sub-cluster r; -inf for what is beyond the sequence."""
         logits = sum(_dot(key, parts[0, p, r], (1, 1)) for p in range(parts.shape[1]))
         if addend is not None:
-            row = addend[0, :, pl.ds(self.row, TILE)]  # 1 keys
+            row = addend[0, :, self.rows]  # 1 keys
             column = jnp.broadcast_to(row, (LANES, TILE)).T
             logits = jnp.maximum(logits + column, MASKED)
         if self.length % TILE:
@@ -176,8 +181,7 @@ def _for_tiles(block: Int[Array, ""], blocks: CentroidBlocks, length: int, body)
         num_tiles = per_block
 
     def step(i, _):
-        row = pl.multiple_of(i * TILE, TILE)
-        body(_Tile(row, block * blocks.keys + row, length))
+        body(_Tile(i, block * blocks.keys + i * TILE, length))
 
     lax.fori_loop(0, num_tiles, step, None)
 
@@ -187,8 +191,8 @@ def _slots(index: Int[Array, "k lanes"]) -> tuple[Int[Array, "k lanes"], Int[Arr
     return index // TILE * SUBLANES + index % SUBLANES, 1 << (index // SUBLANES % 32)
 
 
-def _taken(tile: _Tile, slot: Array, bit: Array) -> Bool[Array, "32 8 lanes"]:
-    """Which keys of a tile are top-k keys."""
+def _words(tile: _Tile, slot: Array, bit: Array) -> Int[Array, "8 lanes"]:
+    """Which keys of a tile are top-k keys: bit b of row s for key 8 b + s."""
     own = tile.start // TILE * SUBLANES + _iota((SUBLANES, LANES))
 
     def add(j, words):
@@ -198,11 +202,9 @@ def _taken(tile: _Tile, slot: Array, bit: Array) -> Bool[Array, "32 8 lanes"]:
             words = words | jnp.where(here, bit[pl.ds(j + i, 1)], 0)
         return words
 
-    words = lax.fori_loop(
+    return lax.fori_loop(
         0, len(slot) // SUBLANES, add, jnp.zeros((SUBLANES, LANES), jnp.int32), unroll=True
     )
-    eighth = _iota((TILE // SUBLANES, SUBLANES, LANES))
-    return (words >> eighth) & 1 == 1
 
 
 def _forward_kernel(settings: _Settings, length: int, has_addend: bool, has_share: bool, *refs):
@@ -211,12 +213,21 @@ def _forward_kernel(settings: _Settings, length: int, has_addend: bool, has_shar
     parts, keys, values = (next(refs) for _ in range(3))
     addend = next(refs) if has_addend else None
     share = next(refs) if has_share else None
-    index, mean, lse, ranks, top_rank, slot, bit, shift, total, sums = refs
+    index, mean, lse, ranks, top_rank, slot, bit, words, shift, total, sums = refs
     phase, block = pl.program_id(1), pl.program_id(2)
     num_subclusters = parts.shape[2]
-    eighth = _iota((TILE // SUBLANES, SUBLANES, LANES)).astype(jnp.float32)
+    bits = _iota((TILE // SUBLANES, SUBLANES, LANES))
+    eighth = bits.astype(jnp.float32)
     sublane = _iota((SUBLANES, LANES)).astype(jnp.float32)
     first_row = _iota(top_rank.shape) == 0
+
+    for_tiles = partial(_for_tiles, block, blocks, length)
+
+    def for_subclusters_and_tiles(body):
+        def step(r, _):
+            for_tiles(partial(body, r))
+
+        lax.fori_loop(0, num_subclusters, step, None)
 
     def start_softmax():
         shift[...] = jnp.full_like(shift, LOWEST)
@@ -238,59 +249,65 @@ def _forward_kernel(settings: _Settings, length: int, has_addend: bool, has_shar
         def start():
             start_softmax()
 
-        def of_tile(tile):
-            key = tile.load(keys)
-            for r in range(num_subclusters):
-                add_weights(r, tile.logits(key, parts, r, addend))
+        def of_block():
+            @for_subclusters_and_tiles
+            def _(r, tile):
+                add_weights(r, tile.logits(tile.load(keys), parts, r, addend))
 
         def finish():
             total[...] = share[0] / total[...]
 
-        return start, of_tile, finish
+        return start, of_block, finish
 
     def select():
         def start():
             top_rank[...] = jnp.full_like(top_rank, -jnp.inf)
             index[0] = jnp.zeros_like(index[0])
 
-        def of_tile(tile):
-            key = tile.load(keys)
-            if num_subclusters == 1:
-                rank = tile.logits(key, parts, 0, addend)
-            else:
-                rank = sum(
-                    total[r : r + 1] * jnp.exp(tile.logits(key, parts, r, addend) - shift[r : r + 1])
-                    for r in range(num_subclusters)
-                )
-            ranks[...] = rank
+        def rank_keys():
+            if num_subclusters > 1:
+                ranks[...] = jnp.zeros_like(ranks)
 
-            def best_of(rank):
-                best = jnp.max(jnp.max(rank, axis=0), axis=0, keepdims=True)
-                better = jnp.where(best > top_rank[topk - 1 : topk], 1.0, 0.0)
-                return best, jnp.max(better) > 0
+            @for_subclusters_and_tiles
+            def _(r, tile):
+                logits = tile.logits(tile.load(keys), parts, r, addend)
+                if num_subclusters == 1:
+                    ranks[tile.number] = logits
+                else:
+                    row = pl.ds(r, 1)
+                    ranks[tile.number] += total[row] * jnp.exp(logits - shift[row])
 
+        def best_of(rank):
+            best = jnp.max(jnp.max(rank, axis=0), axis=0, keepdims=True)
+            better = jnp.where(best > top_rank[topk - 1 : topk], 1.0, 0.0)
+            return best, jnp.max(better) > 0
+
+        def insert_keys(tile):
             def insert(state):
                 best, _ = state
+                rank = ranks[tile.number]
                 # The lowest position of the best, which is then left out.
-                place = jnp.min(jnp.where(ranks[...] == best, eighth, TILE), axis=0)
+                place = jnp.min(jnp.where(rank == best, eighth, TILE), axis=0)
                 place = SUBLANES * place + sublane
                 first = jnp.min(place, axis=0, keepdims=True)
                 hit = jnp.where(place == first, (first - sublane) / SUBLANES, -1)
-                left = jnp.where(eighth == hit, -jnp.inf, ranks[...])
-                ranks[...] = left
+                left = jnp.where(eighth == hit, -jnp.inf, rank)
+                ranks[tile.number] = left
                 # Keys of equal rank come in order, so those which are there already stay in front.
                 old_rank, old_index = top_rank[...], index[0]
                 shifted_rank, shifted_index = (pltpu.roll(x, 1, 0) for x in (old_rank, old_index))
                 stays = old_rank >= best
                 enters = (shifted_rank >= best) | first_row
                 new_index = tile.start + first.astype(jnp.int32)
-                top_rank[...] = jnp.where(
-                    stays, old_rank, jnp.where(enters, best, shifted_rank)
-                )
+                top_rank[...] = jnp.where(stays, old_rank, jnp.where(enters, best, shifted_rank))
                 index[0] = jnp.where(stays, old_index, jnp.where(enters, new_index, shifted_index))
                 return best_of(left)
 
-            lax.while_loop(lambda state: state[1], insert, best_of(rank))
+            lax.while_loop(lambda state: state[1], insert, best_of(ranks[tile.number]))
+
+        def of_block():
+            rank_keys()
+            for_tiles(insert_keys)
 
         def finish():
             row = _iota(slot.shape)
@@ -298,38 +315,44 @@ def _forward_kernel(settings: _Settings, length: int, has_addend: bool, has_shar
             slot[...] = jnp.where(row < topk, slots, -1)
             bit[...] = bits
 
-        return start, of_tile, finish
+        return start, of_block, finish
 
     def attend_rest():
         def start():
             start_softmax()
             sums[...] = jnp.zeros_like(sums)
 
-        def of_tile(tile):
-            key, value = tile.load(keys), tile.load(values)
-            taken = _taken(tile, slot, bit) if topk else None
-            for r in range(num_subclusters):
-                logits = tile.logits(key, parts, r, addend)
+        def of_block():
+            if topk:
+
+                @for_tiles
+                def _(tile):
+                    words[tile.number] = _words(tile, slot, bit)
+
+            @for_subclusters_and_tiles
+            def _(r, tile):
+                logits = tile.logits(tile.load(keys), parts, r, addend)
                 if topk:
+                    taken = words[tile.number] >> bits & 1 == 1
                     logits = jnp.where(taken, -jnp.inf, logits)
                 weights, shrink = add_weights(r, logits)
-                weights = weights.reshape(TILE, LANES).astype(value.dtype)
-                sums[r] = shrink * sums[r] + _dot(value, weights, (0, 0))  # V lanes
+                weights = weights.reshape(TILE, LANES).astype(values.dtype)
+                sums[r] = shrink * sums[r] + _dot(tile.load(values), weights, (0, 0))  # V lanes
 
         def finish():
             for r in range(num_subclusters):
                 mean[0, r] = (sums[r] / total[r : r + 1]).T
             lse[0] = shift[...] + jnp.log(total[...])
 
-        return start, of_tile, finish
+        return start, of_block, finish
 
     phases = [normalise] * (topk > 0 and has_share) + [select] * (topk > 0) + [attend_rest]
     for number, make in enumerate(phases):
 
         def run(make=make):
-            start, of_tile, finish = make()
+            start, of_block, finish = make()
             pl.when(block == 0)(start)
-            _for_tiles(block, blocks, length, of_tile)
+            of_block()
             pl.when(block == pl.num_programs(2) - 1)(finish)
 
         pl.when(phase == number)(run)
@@ -375,10 +398,11 @@ def _attend_tpu(settings, centroids, key, value, addend, share):
         out_specs=[of_tile(*shape) for shape, _ in shapes],
         out_shape=[jax.ShapeDtypeStruct((num_tiles, *shape), dtype) for shape, dtype in shapes],
         scratch_shapes=[
-            pltpu.VMEM((TILE // SUBLANES, SUBLANES, LANES), jnp.float32),
+            pltpu.VMEM((blocks.keys // TILE, TILE // SUBLANES, SUBLANES, LANES), jnp.float32),
             pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, LANES), jnp.int32),
             pltpu.VMEM((rows, LANES), jnp.int32),
+            pltpu.VMEM((blocks.keys // TILE, SUBLANES, LANES), jnp.int32),
             pltpu.VMEM((num_subclusters, LANES), jnp.float32),
             pltpu.VMEM((num_subclusters, LANES), jnp.float32),
             pltpu.VMEM((num_subclusters, value_dim, LANES), jnp.float32),
