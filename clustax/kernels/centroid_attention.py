@@ -399,7 +399,11 @@ class _Tile(NamedTuple):
 
     def load(self, ref) -> Float[Array, "keys _"]:
         """Its rows; those beyond the sequence hold zeros."""
-        return self._within(ref[self.rows], 0)
+        rows = ref[self.rows]
+        if self.num_keys % TILE == 0:
+            return rows
+        within = _iota(rows.shape) < self.num_keys - self.start
+        return jnp.where(within, rows, jnp.zeros_like(rows))
 
     def logits(self, operands: _Operands, r: Int[Array, ""]) -> Float[Array, "32 8 lanes"]:
         """The logits of a sub-cluster; those of keys beyond the sequence are -inf."""
@@ -409,13 +413,11 @@ class _Tile(NamedTuple):
         if operands.addend is not None:
             column = jnp.broadcast_to(operands.addend[:, self.rows], (LANES, TILE)).T
             logits = jnp.maximum(logits + column, MASKED)
-        return self._within(logits, -jnp.inf).reshape(BITS, SUBLANES, LANES)
-
-    def _within(self, rows, fill: float):
+        logits = logits.reshape(BITS, SUBLANES, LANES)
         if self.num_keys % TILE == 0:
-            return rows
-        within = self.start + _iota(rows.shape) < self.num_keys
-        return jnp.where(within, rows, jnp.asarray(fill, rows.dtype))
+            return logits
+        rest = self.num_keys - self.start - SUBLANES * _iota(logits.shape)
+        return jnp.where(_iota((SUBLANES, LANES)) < rest, logits, -jnp.inf)
 
 
 def _forward(topk: int, num_keys: int, operands, share, index, mean, lse, scratch) -> None:
@@ -609,7 +611,7 @@ def _find_taken(for_tiles, index, words) -> None:
             return word
 
         word = jnp.zeros((SUBLANES, LANES), jnp.int32)
-        words[tile.number] = lax.fori_loop(0, len(index) // SUBLANES, add, word)
+        words[tile.number] = lax.fori_loop(0, len(index) // SUBLANES, add, word, unroll=4)
 
 
 def _taken(word: Int[Array, "8 lanes"]) -> Bool[Array, "32 8 lanes"]:
