@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax import kernels, xla
+from clustax.kernels import centroid_attention, grouped_attention, hopper
 
 
 def refusal(
@@ -23,11 +24,24 @@ def refusal(
     num_subclusters: int,
 ) -> str | None:
     """Why the kernels of this device cannot serve these shapes and this dtype, or None."""
-    dims = query.shape[-1], value.shape[-1]
-    return kernels.of("centroid_attention").refusal(
-        num_subclusters, topk, *dims, query.dtype
-    ) or kernels.of("grouped_attention").refusal(
-        query.shape[-3], counts.shape[-1], topk, *dims, query.dtype
+    shape = centroid_attention.Shape(
+        num_heads=query.shape[-2] // value.shape[-2],
+        num_clusters=counts.shape[-1],
+        num_subclusters=num_subclusters,
+        topk=topk,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        dtype=query.dtype,
+    )
+    if kernels.device() == "hopper":
+        return hopper.refusal(shape)
+    return centroid_attention.refusal(shape) or grouped_attention.refusal(
+        query.shape[-3],
+        shape.num_clusters,
+        topk,
+        shape.head_dim,
+        shape.value_dim,
+        shape.dtype,
     )
 
 

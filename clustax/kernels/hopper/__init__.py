@@ -14,12 +14,35 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Shaped
 
 from clustax import kernels
+from clustax.kernels.centroid_attention import Shape
 
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
 # Stands for -inf in the logits of masked keys, as in ``clustax.xla``.
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+MAX_TOPK = 128  # lists of top-k keys are in registers
+SHARED_BYTES = 200 * 2**10  # of the 227 KiB that a block of threads may have
+
+
+def refusal(shape: Shape) -> str | None:
+    """Why the kernels of attention cannot serve such a call, or None."""
+    if shape.dtype != jnp.bfloat16:
+        return f"its kernels for GPUs take bfloat16, not {shape.dtype.name}"
+    if shape.topk > MAX_TOPK:
+        return f"its kernels for GPUs select at most {MAX_TOPK} keys, not topk={shape.topk}"
+    head_dim, value_dim = (-(-x // WIDTH) * WIDTH for x in (shape.head_dim, shape.value_dim))
+    # Centroids in two parts, two tiles of keys and values each, weights; or queries and top keys.
+    centroids = (2 * shape.num_subclusters + 2) * head_dim + 2 * value_dim + 64
+    groups = (1 + MAX_TOPK // HEIGHT) * (head_dim + 2 * value_dim)
+    if 2 * HEIGHT * max(centroids, groups) > SHARED_BYTES or value_dim > 256:
+        return (
+            f"num_subclusters={shape.num_subclusters} with dims {shape.head_dim} and "
+            f"{shape.value_dim} exceed the memory that threads of a GPU share"
+        )
+    return None
 
 
 def matrices(*shape: int, swizzle: int = 128) -> Any:

@@ -31,7 +31,6 @@ TILE = (hopper.HEIGHT, KEYS)
 TILES = 16  # of a block
 SLOTS = 2  # tiles of keys in flight
 LOWEST = float(jnp.finfo(jnp.float32).min)
-SHARED_BYTES = 200 * 2**10  # of the 227 KiB that a block may have
 
 
 class CentroidAttention(NamedTuple):
@@ -82,25 +81,6 @@ class Tile(NamedTuple):
     number: Int[Array, ""]  # of the tile
     weigh: Callable[[Float[Array, "64 keys"]], None]  # adds weights times values
     write: Callable[..., None]  # to an output, what belongs to the clusters
-
-
-def refusal(
-    num_subclusters: int, topk: int, head_dim: int, value_dim: int, dtype: jnp.dtype
-) -> str | None:
-    """Why the kernel cannot serve these shapes and this dtype, or None."""
-    if dtype != jnp.bfloat16:
-        return f"its kernels for GPUs take bfloat16, not {dtype.name}"
-    head_dim, value_dim = (-(-dim // hopper.WIDTH) * hopper.WIDTH for dim in (head_dim, value_dim))
-    rows = 2 * num_subclusters * hopper.HEIGHT + SLOTS * KEYS
-    shared = 2 * (rows * head_dim + SLOTS * KEYS * value_dim + hopper.HEIGHT * KEYS)
-    if shared > SHARED_BYTES or value_dim > 256:
-        return (
-            f"num_subclusters={num_subclusters} with dims of {head_dim} and {value_dim} exceed the "
-            "memory that a GPU shares"
-        )
-    if topk > 128:
-        return f"topk={topk} exceeds the 128 that fit registers of a GPU"
-    return None
 
 
 def centroid_attention(

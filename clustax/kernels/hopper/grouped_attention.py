@@ -15,26 +15,6 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from clustax.kernels import hopper
 
-MAX_TOPK, MAX_DIMS = 128, 512
-
-
-def refusal(
-    num_queries: int,
-    num_clusters: int,
-    topk: int,
-    head_dim: int,
-    value_dim: int,
-    dtype: jnp.dtype,
-) -> str | None:
-    """Why the kernel cannot serve these shapes and this dtype, or None."""
-    del num_queries, num_clusters, dtype
-    if topk > MAX_TOPK or head_dim + value_dim > MAX_DIMS:
-        return (
-            f"its kernels for GPUs take topk up to {MAX_TOPK} and dims of up to {MAX_DIMS} in all, "
-            f"not {topk}, {head_dim} and {value_dim}"
-        )
-    return None
-
 
 def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
     """The number of queries in a tile, whatever the shapes."""
