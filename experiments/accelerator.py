@@ -101,7 +101,7 @@ def inputs(settings: Settings, length: int) -> list[jax.Array]:
 
 def settings_of(settings: Settings) -> dict[str, ClusteredAttention]:
     """The settings that are compared."""
-    options = {"num_clusters": settings.clusters, "topk": settings.topk}
+    options: dict[str, Any] = {"num_clusters": settings.clusters, "topk": settings.topk}
     return {
         "default": ClusteredAttention(**options),
         "default, R = 1": ClusteredAttention(**options, num_subclusters=1),
@@ -155,7 +155,9 @@ def measure(settings: Settings, length: int, advance: Callable[[], None]) -> lis
         for measured, function in zip(PASSES, (attention, with_gradient(attention)), strict=True):
             runs[name, measured] = partial(_run, jax.jit(function), arrays)
     times = take_turns(runs, settings.rounds, advance)
-    return [Row(*key, length, _per_call(value)) for key, value in times.items()]
+    return [
+        Row(name, measured, length, _per_call(value)) for (name, measured), value in times.items()
+    ]
 
 
 def _run(program: Callable[..., Any], arrays: list[jax.Array]) -> None:

@@ -5,6 +5,7 @@ sums have one order.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def attend(
     )
     query = _by_head(query)  # G T H
     keys = xla.Keys(_by_head(key), _by_head(value), bias, valid)  # those of J heads
-    options = {
+    options: dict[str, Any] = {
         "scale": jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32)),
     }
     if kernels.device() == "tpu":

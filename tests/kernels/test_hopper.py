@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from clustax import kernels, kmeans, lsh, xla
+from clustax import attend, cluster_queries, kernels, kmeans, lsh, xla
 from clustax.kernels.hopper import centroid_attention, grouped_attention
 from clustax.kernels.hopper import kmeans as hopper_kmeans
-from tests.helpers import largest_error
+from tests.cases import BY_NAME, make_clusters, make_inputs
+from tests.helpers import largest_error, outputs_and_gradients, random_like_output
 
 pytestmark = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
@@ -127,3 +128,34 @@ def test_grouped_attention_is_that_of_xla(merge, topk):
         mass = jax.nn.sigmoid((top.lse if top_lse is None else top_lse) - tail_lse)[..., None]
         expected = mass * expected + (1 - mass) * of_tile(tail_mean, cluster)[:, :, None]
     assert largest_error(rows, expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("everything", (7, "mass", 2)), ("topk_all", (24, "lse", 1))]
+)
+def test_attention_is_that_of_the_reference(name, settings):
+    case = BY_NAME[name]
+    inputs = make_inputs(case, jnp.bfloat16)
+
+    def evaluate(implementation, dtype):
+        arguments = jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            (inputs, make_clusters(case), random_like_output(inputs), jnp.float32(0.4)),
+        )
+        (results,) = outputs_and_gradients(
+            *arguments, settings=(settings,), implementation=implementation
+        )
+        return jax.tree.leaves(results)
+
+    actual, expected = evaluate("pallas", jnp.bfloat16), evaluate("reference", jnp.float32)
+    for each, exact in zip(actual, expected, strict=True):
+        assert largest_error(each, exact) < 2e-2
+
+
+def test_what_is_not_served_is_refused():
+    inputs = make_inputs(BY_NAME["plain"])
+    clusters = make_clusters(BY_NAME["plain"])
+    with pytest.raises(NotImplementedError, match="for GPUs take bfloat16, not float32"):
+        attend(*inputs[:3], clusters=clusters, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="up to 128 clusters .* not 200 of 8"):
+        cluster_queries(inputs.query, num_clusters=200, metric="euclidean", implementation="pallas")

@@ -463,7 +463,7 @@ def _sweep(
     num_parts = len(centroids)
     num_heads, num_subclusters, num_clusters, head_dim = centroids[0].shape
     group, block = num_heads // len(key), tiles * KEYS
-    sizes = {"blocks": key.shape[1] // block, "tiles": key.shape[1] // KEYS}
+    sizes: dict[Any, int] = {"blocks": key.shape[1] // block, "tiles": key.shape[1] // KEYS}
     sizes["clusters"] = num_clusters
     tiled = [key, addend] if value is None else [key, addend, value]
     arrays = [*centroids, *tiled, *rows.values()]
@@ -507,7 +507,7 @@ def _sweep(
                             plgpu.wgmma(products, centroid.at[part, r], right)
                         return products[...]
 
-                    products = pl.run_scoped(products, plgpu.ACC(TILE))
+                    products = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(TILE))
                     return products + hopper.of_columns(buffers[1].at[slot], TILE)
 
                 def weigh(weights):
@@ -555,12 +555,11 @@ def _sweep(
         if value is None:
             allocate(None)
         else:
-            pl.run_scoped(allocate, plgpu.ACC((hopper.HEIGHT, value.shape[-1])))
+            pl.run_scoped(allocate, plgpu.WGMMAAccumulatorRef((hopper.HEIGHT, value.shape[-1])))
 
-    shapes = [tuple(sizes.get(size, size) for size in shape) for shape, _ in outputs]
-    outputs = [
-        jax.ShapeDtypeStruct((num_heads, *shape), dtype)
-        for shape, (_, dtype) in zip(shapes, outputs, strict=True)
+    out = [
+        jax.ShapeDtypeStruct((num_heads, *(sizes.get(size, size) for size in shape)), dtype)
+        for shape, dtype in outputs
     ]
     grid = {"head": num_heads, "clusters": num_clusters // hopper.HEIGHT, "block": sizes["blocks"]}
-    return hopper.launch(name, body, arrays, outputs, grid)
+    return hopper.launch(name, body, arrays, out, grid)

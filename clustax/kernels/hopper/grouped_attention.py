@@ -16,6 +16,9 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 from clustax.kernels import hopper
 
 
+STEP_TILES = 1  # what the number of tiles has to be a multiple of
+
+
 def tile_size(num_queries: int, num_clusters: int, dtype: jnp.dtype) -> int:
     """The number of queries in a tile, whatever the shapes."""
     del num_queries, num_clusters, dtype
@@ -96,7 +99,6 @@ def _attend(
             plgpu.copy_gmem_to_smem(addend_ref.at[head, own], addend, ready)
             if has_tail:
                 plgpu.copy_gmem_to_smem(tail_refs[0].at[head, own], mean, ready)
-                lse_of_tail = hopper.load_rows(tail_refs[1].at[head, tile])
             plgpu.barrier_wait(ready)
 
             def multiply(left, right):
@@ -106,19 +108,21 @@ def _attend(
 
                 return run
 
-            logits = pl.run_scoped(multiply(query, key.transpose((1, 0))), plgpu.ACC(logits_shape))
+            logits = pl.run_scoped(
+                multiply(query, key.transpose((1, 0))), plgpu.WGMMAAccumulatorRef(logits_shape)
+            )
             logits = scale_ref[0] * logits + hopper.of_columns(addend, logits_shape)
             shift = logits.max(axis=1)
             weights = jnp.exp(logits - hopper.of_rows(shift, logits_shape))
             total = weights.sum(axis=1)
             weight[...] = weights.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            rows = pl.run_scoped(multiply(weight, value), plgpu.ACC(out_shape))
+            rows = pl.run_scoped(multiply(weight, value), plgpu.WGMMAAccumulatorRef(out_shape))
             if has_tail:
                 lse = shift + jnp.log(total)
                 if top_lse is not None:
                     lse = hopper.load_rows(tail_refs[2].at[head, tile])
-                mass = 1 / (1 + jnp.exp(lse_of_tail - lse))
+                mass = 1 / (1 + jnp.exp(hopper.load_rows(tail_refs[1].at[head, tile]) - lse))
                 rest = hopper.of_columns(mean, out_shape) * hopper.of_rows(1 - mass, out_shape)
                 rows = rows * hopper.of_rows(mass / total, out_shape) + rest
             else:

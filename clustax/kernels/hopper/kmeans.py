@@ -177,7 +177,7 @@ def _assign(
                             plgpu.wgmma(products, point.at[slot, p], right)
                     return products[...]
 
-                distances = -2 * pl.run_scoped(products, plgpu.ACC(shape))
+                distances = -2 * pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(shape))
                 distances += hopper.of_columns(offset, shape)
                 least = distances.min(axis=1)
                 at_least = distances == hopper.of_rows(least, shape)
@@ -220,7 +220,7 @@ def _assign(
             )
 
         if sums:
-            pl.run_scoped(allocate, plgpu.ACC((num_clusters, width)))
+            pl.run_scoped(allocate, plgpu.WGMMAAccumulatorRef((num_clusters, width)))
         else:
             allocate(None)
 
