@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clustax import xla
 from clustax.kernels import centroid_attention as centroid
@@ -104,18 +104,21 @@ def _top_keys(keys: xla.Keys, index: Int[Array, "G C k"]) -> xla.Keys:
     """The top-k keys of each cluster, of which those of J heads serve G."""
 
     def gather(x):  # J|G S … -> G C k …
-        if x is None:
-            return None
-        rows = _take(x.reshape(*x.shape[:2], -1), index.reshape(len(x), -1))
+        take = _take if jnp.issubdtype(x.dtype, jnp.floating) else _rows
+        rows = take(x.reshape(*x.shape[:2], -1), index.reshape(len(x), -1))
         return rows.reshape(*index.shape, *x.shape[2:])
 
     return jax.tree.map(gather, keys)
 
 
+def _rows(x: Shaped[Array, "J S D"], index: Int[Array, "J I"]) -> Shaped[Array, "J I D"]:
+    return jax.vmap(lambda x, index: x[index])(x, index)
+
+
 @jax.custom_vjp
 def _take(x: Float[Array, "J S D"], index: Int[Array, "J I"]) -> Float[Array, "J I D"]:
     """Rows; their gradients are added in the order of ``index``."""
-    return jax.vmap(lambda x, index: x[index])(x, index)
+    return _rows(x, index)
 
 
 def _take_forward(x, index):
