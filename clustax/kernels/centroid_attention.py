@@ -1,0 +1,639 @@
+"""Attention of centroids over all keys: their top-k keys, and attention over the other ones.
+
+On TPU one kernel reads the keys in blocks, once a phase:
+
+1. With sub-clusters, it sums up the softmax of each, so that their weights can be averaged.
+2. It selects the top-k keys of each cluster. Those found so far stay on the chip, best first. While
+   any of the next 256 keys beats the k-th of some cluster, the best one of each cluster is inserted.
+   This takes about k · ln(S / k) rounds in all for keys in random order, and k every 256 keys at
+   most.
+3. It attends to the keys that are left, with an online softmax. These are told from the others by
+   their index, so that no key can be lost or count twice, however logits are rounded.
+
+The backward pass is that of exact attention over the keys that are left; it computes their weights
+again. A tile of logits has keys along sublanes and clusters along lanes: whatever is summed over
+keys is summed as vectors, and what belongs to the clusters is a row. A head has as many tiles of
+clusters as it takes; each of them is worked on like a head.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+LANES, SUBLANES, BITS = 128, 8, 32
+# The keys of a tile: a word of 32 bits for each sublane says which of them are top-k keys.
+TILE = BITS * SUBLANES
+# Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
+VMEM_BYTES = 12 * 2**20
+MAX_KEYS = 2048
+# A selection takes time in proportion to topk, and so do the words of a tile.
+MAX_TOPK = 512
+LOWEST = float(jnp.finfo(jnp.float32).min)
+# Stands for -inf in the logits of masked keys, as in clustax.xla.
+MASKED = 0.7 * LOWEST
+
+
+@dataclasses.dataclass(frozen=True)
+class CentroidBlocks:
+    """How much of the problem a step of the grid takes.
+
+    Attributes:
+      keys: the number of keys, with their values; a multiple of 256.
+    """
+
+    keys: int
+
+    def __post_init__(self):
+        """Checks what can be checked without shapes."""
+        if self.keys < TILE or self.keys % TILE:
+            raise ValueError(f"keys must be a positive multiple of {TILE}, got {self.keys}.")
+
+    @classmethod
+    def default(cls, num_keys: int, shape: "Shape"):
+        """As many keys as fit on the chip, are there, and make the cost of a step small."""
+        fit = (VMEM_BYTES - shape.fixed_bytes) // shape.bytes_per_key
+        most = max(TILE, min(fit, MAX_KEYS, _round_up(num_keys, TILE)))
+        return cls(most // TILE * TILE)
+
+
+class Shape(NamedTuple):
+    """What the memory of a step depends on."""
+
+    num_heads: int  # of queries, for each head of keys
+    num_clusters: int
+    num_subclusters: int
+    topk: int
+    head_dim: int
+    value_dim: int
+    dtype: jnp.dtype  # of keys and values
+
+    @property
+    def _width(self) -> int:
+        return _round_up(self.head_dim, LANES) + _round_up(self.value_dim, LANES)
+
+    @property
+    def bytes_per_key(self) -> int:
+        """On-chip memory that each key of a step takes: going in and out, summed, and ranked."""
+        return self._width * (4 * self.dtype.itemsize + 4) + LANES * 4
+
+    @property
+    def fixed_bytes(self) -> int:
+        """The on-chip memory that clusters take."""
+        tiles = self.num_heads * -(-self.num_clusters // LANES)
+        rows = LANES * self.num_subclusters * self._width * 4
+        return (2 * tiles + 4) * rows + 3 * LANES * _round_up(self.topk, SUBLANES) * 4
+
+
+def refusal(shape: Shape) -> str | None:
+    """Why the kernel cannot serve such a call, or None."""
+    if shape.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"its kernels take float32 and bfloat16, not {shape.dtype.name}"
+    if shape.topk > MAX_TOPK:
+        return f"its kernels select at most {MAX_TOPK} keys, not topk={shape.topk}"
+    if shape.fixed_bytes + TILE * shape.bytes_per_key > VMEM_BYTES:
+        return (
+            f"{shape.num_clusters} clusters by {shape.num_subclusters} of dims {shape.head_dim} "
+            f"and {shape.value_dim}, of {shape.num_heads} heads that share keys, exceed its memory"
+        )
+    return None
+
+
+class CentroidAttention(NamedTuple):
+    """What is found out about each cluster."""
+
+    index: Int[Array, "G C k"]  # its top-k keys, best first, ties going to the lowest index
+    tail_mean: Float[Array, "G C V"]  # attention over its other keys
+    tail_lse: Float[Array, "G C R"]  # log-sum-exp of their logits, for each sub-cluster
+
+
+def centroid_attention(
+    centroids: Float[Array, "G C R H"],
+    key: Float[Array, "J S H"],
+    value: Float[Array, "J S V"],
+    bias: Float[Array, "G S"] | None = None,
+    valid: Bool[Array, "G S"] | None = None,
+    share: Float[Array, "G C R"] | None = None,
+    *,
+    topk: int,
+    scale: float | Float[Array, ""],
+    blocks: CentroidBlocks | None = None,
+    interpret: bool = False,
+) -> CentroidAttention:
+    r"""The top-k keys of each cluster, and the attention of its centroids over the other keys.
+
+    The keys are chosen by their mean weight, :math:`\sum_r p_r \mathrm{softmax}(s\, Q^c_r K^T +
+    b)`, where :math:`p_r` is the share of sub-cluster r; with one sub-cluster this is the order of
+    logits. The attention over the others is :math:`\sum_r p_r \mathrm{softmax}_{\bar T}(s\, Q^c_r
+    K^T + b)\, V`. Differentiable in centroids, keys, values, bias and scale.
+
+    Args:
+      centroids: the means of R sub-clusters of each of C clusters, in float32.
+      key: keys of J heads, each of which serves G / J consecutive heads of clusters; float32 or
+        bfloat16.
+      value: their values, of the same dtype.
+      bias: what is added to their logits; finite, and at least ``clustax.xla.LOWEST_BIAS``.
+      valid: which of them count.
+      share: what share of its cluster each sub-cluster is; None if R is 1.
+      topk: k, less than S and at most 512.
+      scale: factor s of the products.
+      blocks: block sizes; chosen from the shapes if None.
+      interpret: whether to interpret the kernels, anywhere, rather than to compile them for a TPU.
+
+    Returns:
+      The top-k keys, the mean of the values of the others, and the log-sum-exp of their logits.
+
+    >>> centroids, key = jnp.eye(2)[None, :, None], jnp.array([[[0, 3], [1, 0], [2, 0]]])
+    >>> out = centroid_attention(
+    ...     centroids, key.astype(float), jnp.ones((1, 3, 1)), topk=1, scale=1.0, interpret=True
+    ... )
+    >>> out.index.tolist(), jnp.round(out.tail_lse, 2).tolist()
+    ([[[2], [0]]], [[[1.31], [0.69]]])
+    """
+    num_heads, num_clusters, num_subclusters, head_dim = centroids.shape
+    if blocks is None:
+        shape = Shape(
+            num_heads=num_heads // len(key),
+            num_clusters=num_clusters,
+            num_subclusters=num_subclusters,
+            topk=topk,
+            head_dim=head_dim,
+            value_dim=value.shape[-1],
+            dtype=key.dtype,
+        )
+        blocks = CentroidBlocks.default(key.shape[1], shape)
+
+    def tile(x: Float[Array, "G C R *D"]) -> Float[Array, "g R lanes *D"]:
+        padding = ((0, 0), (0, -num_clusters % LANES), *[(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, padding)
+        return jnp.swapaxes(x.reshape(-1, LANES, *x.shape[2:]), 1, 2)
+
+    def untile(x: Array) -> Array:  # g n lanes … -> G C n …
+        x = jnp.swapaxes(x, 1, 2)
+        return x.reshape(num_heads, -1, *x.shape[2:])[:, :num_clusters]
+
+    index, mean, lse = _attend(
+        tile(scale * centroids),
+        key,
+        value,
+        _addend(bias, valid),
+        None if share is None else tile(share),
+        topk,
+        blocks,
+        interpret,
+    )
+    mean = untile(mean)  # G C R V
+    mean = mean[:, :, 0] if share is None else jnp.einsum("gcr,gcrv->gcv", share, mean)
+    return CentroidAttention(untile(index)[..., :topk], mean, untile(lse))
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _addend(
+    bias: Float[Array, "G S"] | None, valid: Bool[Array, "G S"] | None
+) -> Float[Array, "G 1 S"] | None:
+    """What is added to the logits of a key: its bias, or -inf if it does not count."""
+    if valid is None:
+        return None if bias is None else bias[:, None]
+    return jnp.where(valid, 0.0 if bias is None else bias, -jnp.inf)[:, None]
+
+
+# g counts tiles of clusters: those of a head come one after another.
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(
+    centroids: Float[Array, "g R lanes H"],  # scaled
+    key: Float[Array, "J S H"],
+    value: Float[Array, "J S V"],
+    addend: Float[Array, "G 1 S"] | None,
+    share: Float[Array, "g R lanes"] | None,
+    topk: int,
+    blocks: CentroidBlocks,
+    interpret: bool,
+) -> tuple[Int[Array, "g rows lanes"], Float[Array, "g R lanes V"], Float[Array, "g R lanes"]]:
+    """The top-k keys, filled up with -1; attention over the others; their log-sum-exp."""
+    num_tiles, num_subclusters = centroids.shape[:2]
+    num_keys, value_dim = value.shape[1:]
+    num_phases = 1 if topk == 0 else 2 if share is None else 3
+    per_key_head = num_tiles // len(key)
+    per_head = 1 if addend is None else num_tiles // len(addend)
+    operands = _Operands(_parts(centroids, key.dtype), key, value, addend)
+
+    def of_clusters(x) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda g, p, i: (g, *[0] * (x.ndim - 1)))
+
+    def of_values(g, phase, i):  # only the last phase needs them
+        return g // per_key_head, jnp.where(phase == num_phases - 1, i, 0), 0
+
+    specs = _Operands(
+        of_clusters(operands.centroids),
+        pl.BlockSpec((None, blocks.keys, key.shape[2]), lambda g, p, i: (g // per_key_head, i, 0)),
+        pl.BlockSpec((None, blocks.keys, value_dim), of_values),
+        None
+        if addend is None
+        else pl.BlockSpec((None, 1, blocks.keys), lambda g, p, i: (g // per_head, 0, i)),
+    )
+    out = (
+        jax.ShapeDtypeStruct((num_tiles, max(SUBLANES, _round_up(topk, SUBLANES)), LANES), jnp.int32),
+        jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES, value_dim), jnp.float32),
+        jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES), jnp.float32),
+    )
+    tiles = blocks.keys // TILE
+    return pl.pallas_call(
+        partial(_forward, topk, num_keys),
+        grid=(num_tiles, num_phases, -(-num_keys // blocks.keys)),
+        in_specs=(specs, jax.tree.map(of_clusters, share)),
+        out_specs=jax.tree.map(of_clusters, out),
+        out_shape=out,
+        scratch_shapes=(
+            _Scratch(
+                rank=pltpu.VMEM((tiles, BITS, SUBLANES, LANES), jnp.float32),
+                top_rank=pltpu.VMEM(out[0].shape[1:], jnp.float32),
+                words=pltpu.VMEM((tiles, SUBLANES, LANES), jnp.int32),
+                shift=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
+                total=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
+                sums=pltpu.VMEM((num_subclusters, value_dim, LANES), jnp.float32),
+            ),
+        ),
+        compiler_params=_COMPILER_PARAMS,
+        interpret=interpret,
+        name="centroid_attention",
+    )(operands, share)
+
+
+def _attend_forward(centroids, key, value, addend, share, topk, blocks, interpret):
+    out = _attend(centroids, key, value, addend, share, topk, blocks, interpret)
+    return out, (centroids, key, value, addend, out)
+
+
+def _attend_backward(topk, blocks, interpret, residuals, cotangents):
+    centroids, key, value, addend, (index, mean, lse) = residuals
+    _, d_mean, d_lse = cotangents
+    num_tiles, num_keys = len(centroids), key.shape[1]
+    per_key_head = num_tiles // len(key)
+    operands = _Operands(_parts(centroids, key.dtype), key, value, addend)
+    d_mean = d_mean.astype(value.dtype)
+    rest = _Rest(index, lse, d_mean, jnp.sum(d_mean * mean, axis=-1) - d_lse)
+
+    def of_clusters(x) -> pl.BlockSpec:
+        zeros = [0] * (x.ndim - 1)
+        return pl.BlockSpec((None, *x.shape[1:]), lambda j, i, n: (j * per_key_head + n, *zeros))
+
+    def of_keys(x) -> pl.BlockSpec:
+        return pl.BlockSpec((None, blocks.keys, x.shape[2]), lambda j, i, n: (j, i, 0))
+
+    def of_addend(per_head: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, 1, blocks.keys), lambda j, i, n: ((j * per_key_head + n) // per_head, 0, i)
+        )
+
+    has_addend = addend is not None
+    # Those of all tiles that share keys stay on the chip.
+    d_centroids = jax.ShapeDtypeStruct((len(key), per_key_head, *centroids.shape[1:]), jnp.float32)
+    out = _Operands(
+        d_centroids,
+        jax.ShapeDtypeStruct(key.shape, key.dtype),
+        jax.ShapeDtypeStruct(value.shape, value.dtype),
+        jax.ShapeDtypeStruct((num_tiles, 1, num_keys), jnp.float32) if has_addend else None,
+    )
+    ((d_centroids, d_key, d_value, d_addend),) = pl.pallas_call(
+        partial(_backward, topk, num_keys),
+        grid=(len(key), -(-num_keys // blocks.keys), per_key_head),
+        in_specs=(
+            _Operands(
+                of_clusters(operands.centroids),
+                of_keys(key),
+                of_keys(value),
+                of_addend(num_tiles // len(addend)) if has_addend else None,
+            ),
+            jax.tree.map(of_clusters, rest),
+        ),
+        out_specs=(
+            _Operands(
+                pl.BlockSpec((None, *d_centroids.shape[1:]), lambda j, i, n: (j, 0, 0, 0, 0)),
+                of_keys(key),
+                of_keys(value),
+                of_addend(1) if has_addend else None,
+            ),
+        ),
+        out_shape=(out,),
+        scratch_shapes=(
+            pltpu.VMEM((blocks.keys, key.shape[2]), jnp.float32),
+            pltpu.VMEM((blocks.keys, value.shape[2]), jnp.float32),
+            pltpu.VMEM((blocks.keys // TILE, SUBLANES, LANES), jnp.int32),
+        ),
+        compiler_params=_COMPILER_PARAMS,
+        interpret=interpret,
+        name="centroid_attention_backward",
+    )(operands, rest)
+    if has_addend:
+        d_addend = d_addend.reshape(len(addend), -1, 1, num_keys).sum(axis=1)
+    return d_centroids.reshape(centroids.shape), d_key, d_value, d_addend, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+_COMPILER_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "arbitrary", "arbitrary")
+)
+
+
+def _parts(
+    centroids: Float[Array, "g R lanes H"], dtype: jnp.dtype
+) -> Float[Array, "g parts R lanes H"]:
+    """Float32 as a sum of arrays of a dtype: bfloat16 takes two, to have 16 bits of mantissa."""
+    if dtype == jnp.float32:
+        return centroids[:, None]
+    high = lax.reduce_precision(centroids, 8, 7)  # XLA may drop a conversion there and back
+    return jnp.stack([high, centroids - high], axis=1).astype(dtype)
+
+
+class _Operands(NamedTuple):
+    """Blocks of the operands, or their gradients."""
+
+    centroids: Float[Array, "parts R lanes H"]
+    key: Float[Array, "keys H"]
+    value: Float[Array, "keys V"]
+    addend: Float[Array, "1 keys"] | None
+
+
+class _Scratch(NamedTuple):
+    """What the forward pass keeps on the chip."""
+
+    rank: Float[Array, "tiles 32 8 lanes"]  # of the keys of a block, -inf once they are inserted
+    top_rank: Float[Array, "rows lanes"]  # of the top-k keys
+    words: Int[Array, "tiles 8 lanes"]  # which keys of a block are top-k keys
+    shift: Float[Array, "R lanes"]  # of an online softmax: what is subtracted from logits
+    total: Float[Array, "R lanes"]  # the sum of the weights
+    sums: Float[Array, "R V lanes"]  # the sum of the weighted values
+
+
+class _Rest(NamedTuple):
+    """What the backward pass knows of each sub-cluster's attention over the keys that are left."""
+
+    index: Int[Array, "rows lanes"]  # of the keys that are not
+    lse: Float[Array, "R lanes"]
+    d_mean: Float[Array, "R lanes V"]
+    d_shift: Float[Array, "R lanes"]  # what is subtracted from the gradients of the weights
+
+
+class _Tile(NamedTuple):
+    """A tile of keys."""
+
+    number: Int[Array, ""]  # in its block
+    start: Int[Array, ""]  # in the sequence
+    num_keys: int  # of the sequence
+
+    @property
+    def rows(self):
+        """Where it is in its block."""
+        return pl.ds(pl.multiple_of(self.number * TILE, TILE), TILE)
+
+    def load(self, ref) -> Float[Array, "keys _"]:
+        """Its rows; those beyond the sequence hold zeros."""
+        rows = ref[self.rows]
+        if self.num_keys % TILE == 0:
+            return rows
+        within = _iota(rows.shape) < self.num_keys - self.start
+        return jnp.where(within, rows, jnp.zeros_like(rows))
+
+    def logits(self, operands: _Operands, r: Int[Array, ""]) -> Float[Array, "32 8 lanes"]:
+        """The logits of a sub-cluster; those of keys beyond the sequence are -inf."""
+        key = self.load(operands.key)
+        num_parts = len(operands.centroids)
+        logits = sum(_dot(key, operands.centroids[part, r], 1, 1) for part in range(num_parts))
+        if operands.addend is not None:
+            column = jnp.broadcast_to(operands.addend[:, self.rows], (LANES, TILE)).T
+            logits = jnp.maximum(logits + column, MASKED)
+        logits = logits.reshape(BITS, SUBLANES, LANES)
+        if self.num_keys % TILE == 0:
+            return logits
+        rest = self.num_keys - self.start - SUBLANES * _iota(logits.shape)
+        return jnp.where(_iota((SUBLANES, LANES)) < rest, logits, -jnp.inf)
+
+
+def _forward(topk: int, num_keys: int, operands, share, index, mean, lse, scratch) -> None:
+    rank, top_rank, words, shift, total, sums = scratch
+    phase, block = pl.program_id(1), pl.program_id(2)
+    for_tiles = partial(_for_tiles, block, num_keys, operands.key.shape[0])
+    for_all = partial(_for_all, operands.centroids.shape[1], for_tiles)
+    eighth = _iota((BITS, SUBLANES, LANES)).astype(jnp.float32)
+    sublane = _iota((SUBLANES, LANES)).astype(jnp.float32)
+
+    def add_weights(r, logits):
+        """Takes logits into the softmax: their weights, and the factor for sums made before."""
+        row = pl.ds(r, 1)
+        before = shift[row]
+        after = jnp.maximum(before, _over_keys(jnp.max, logits))
+        weights, shrink = jnp.exp(logits - after), jnp.exp(before - after)
+        total[row] = shrink * total[row] + _over_keys(jnp.sum, weights)
+        shift[row] = after
+        return weights, shrink
+
+    def start_softmax():
+        shift[...] = jnp.full_like(shift, LOWEST)
+        total[...] = jnp.zeros_like(total)
+
+    def normalise():
+        for_all(lambda r, tile: add_weights(r, tile.logits(operands, r)))
+
+    def finish_normalising():
+        total[...] = share[...] / total[...]
+
+    def start_selection():
+        top_rank[...] = jnp.full_like(top_rank, -jnp.inf)
+        index[...] = jnp.full_like(index, -1)
+
+    def select():
+        if share is not None:
+            rank[...] = jnp.zeros_like(rank)
+
+        @for_all
+        def _(r, tile):
+            logits = tile.logits(operands, r)
+            if share is None:
+                rank[tile.number] = logits
+            else:
+                row = pl.ds(r, 1)
+                rank[tile.number] += total[row] * jnp.exp(logits - shift[row])
+
+        @for_tiles
+        def _(tile):
+            left = best_of(rank[tile.number])
+            lax.while_loop(lambda left: left[1], partial(insert_best, tile), left)
+
+    def best_of(ranks):
+        best = _over_keys(jnp.max, ranks)
+        better = jnp.where(best > top_rank[topk - 1 : topk], 1.0, 0.0)
+        return best, jnp.max(better) > 0
+
+    def insert_best(tile, left):
+        best, _ = left
+        ranks = rank[tile.number]
+        lowest = jnp.min(jnp.where(ranks == best, eighth, BITS), axis=0)
+        place = SUBLANES * lowest + sublane
+        first = jnp.min(place, axis=0, keepdims=True)
+        ranks = jnp.where(eighth == jnp.where(place == first, lowest, -1), -jnp.inf, ranks)
+        rank[tile.number] = ranks
+
+        # Keys of equal rank come in order, so those that are there stay before them.
+        stays = top_rank[...] >= best
+        next_rank, next_index = (pltpu.roll(x[...], 1, 0) for x in (top_rank, index))
+        enters = (next_rank >= best) | (_iota(top_rank.shape) == 0)
+        entering = tile.start + first.astype(jnp.int32)
+        index[...] = jnp.where(stays, index[...], jnp.where(enters, entering, next_index))
+        top_rank[...] = jnp.where(stays, top_rank[...], jnp.where(enters, best, next_rank))
+        return best_of(ranks)
+
+    def finish_selection():
+        index[...] = jnp.where(_iota(index.shape) < topk, index[...], -1)
+
+    def start_attending():
+        start_softmax()
+        sums[...] = jnp.zeros_like(sums)
+
+    def attend():
+        _find_taken(for_tiles, index, words)
+
+        @for_all
+        def _(r, tile):
+            logits = jnp.where(_taken(words[tile.number]), -jnp.inf, tile.logits(operands, r))
+            weights, shrink = add_weights(r, logits)
+            value = tile.load(operands.value)
+            weights = weights.reshape(TILE, LANES).astype(value.dtype)
+            sums[r] = shrink * sums[r] + _dot(value, weights, 0, 0)
+
+    def finish_attending():
+        for r in range(len(sums)):
+            mean[r] = (sums[r] / total[r : r + 1]).T
+        lse[...] = shift[...] + jnp.log(total[...])
+
+    phases = [(start_attending, attend, finish_attending)]
+    if topk:
+        phases.insert(0, (start_selection, select, finish_selection))
+    else:
+        pl.when(block == 0)(start_selection)
+    if topk and share is not None:
+        phases.insert(0, (start_softmax, normalise, finish_normalising))
+    for number, (start, of_block, finish) in enumerate(phases):
+
+        @pl.when(phase == number)
+        def _(start=start, of_block=of_block, finish=finish):
+            pl.when(block == 0)(start)
+            of_block()
+            pl.when(block == pl.num_programs(2) - 1)(finish)
+
+
+def _backward(topk, num_keys, operands, rest, gradients, d_key, d_value, words) -> None:
+    block, tile_of_clusters = pl.program_id(1), pl.program_id(2)
+    for_tiles = partial(_for_tiles, block, num_keys, len(operands.key))
+    d_centroids = gradients.centroids.at[tile_of_clusters]
+
+    @pl.when(block == 0)
+    def _():
+        d_centroids[...] = jnp.zeros_like(d_centroids)
+
+    @pl.when(tile_of_clusters == 0)
+    def _():
+        d_key[...] = jnp.zeros_like(d_key)
+        d_value[...] = jnp.zeros_like(d_value)
+
+    if operands.addend is not None:
+        gradients.addend[...] = jnp.zeros_like(gradients.addend)
+    _find_taken(for_tiles, rest.index, words)
+
+    @partial(_for_all, operands.centroids.shape[1], for_tiles)
+    def _(r, tile):
+        row, rows = pl.ds(r, 1), tile.rows
+        key, value, d_mean = tile.load(operands.key), tile.load(operands.value), rest.d_mean[r]
+        logits = jnp.where(_taken(words[tile.number]), -jnp.inf, tile.logits(operands, r))
+        logits = logits.reshape(TILE, LANES)
+        weights = jnp.exp(logits - rest.lse[row])
+        d_logits = weights * (_dot(value, d_mean, 1, 1) - rest.d_shift[row])
+        if operands.addend is not None:
+            d_logits = jnp.where(logits > MASKED, d_logits, 0)
+            gradients.addend[:, rows] += jnp.sum(d_logits.T, axis=0, keepdims=True)
+        d_logits = d_logits.astype(key.dtype)
+        d_value[rows] += _dot(weights.astype(value.dtype), d_mean, 1, 0)
+        d_key[rows] += _dot(d_logits, operands.centroids[0, r], 1, 0)
+        d_centroids[r] += _dot(d_logits, key, 0, 0)
+
+    @pl.when(tile_of_clusters == pl.num_programs(2) - 1)
+    def _():
+        gradients.key[...] = d_key[...].astype(gradients.key.dtype)
+        gradients.value[...] = d_value[...].astype(gradients.value.dtype)
+
+
+def _for_tiles(
+    block: Int[Array, ""], num_keys: int, keys_per_block: int, body: Callable[[_Tile], None]
+) -> None:
+    """Calls ``body`` for each tile of a block that has keys."""
+    num_tiles = keys_per_block // TILE
+    if num_keys % keys_per_block:
+        num_tiles = jnp.minimum(num_tiles, -(-num_keys // TILE) - block * num_tiles)
+
+    def step(number, _):
+        body(_Tile(number, block * keys_per_block + number * TILE, num_keys))
+
+    lax.fori_loop(0, num_tiles, step, None)
+
+
+def _for_all(num_subclusters: int, for_tiles, body) -> None:
+    """Calls ``body`` for each sub-cluster and each tile of a block."""
+
+    def step(r, _):
+        for_tiles(partial(body, r))
+
+    lax.fori_loop(0, num_subclusters, step, None)
+
+
+def _find_taken(for_tiles, index, words) -> None:
+    """Sets in the words of a block the bits of the top-k keys: bit b of row s for key 8 b + s."""
+
+    @for_tiles
+    def _(tile):
+        rows = tile.start // SUBLANES // BITS * SUBLANES + _iota((SUBLANES, LANES))
+
+        def add(i, word):
+            taken = index[pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES)]
+            row = taken // TILE * SUBLANES + taken % SUBLANES
+            bit = 1 << (taken // SUBLANES % BITS)
+            for j in range(SUBLANES):
+                word |= jnp.where(row[j : j + 1] == rows, bit[j : j + 1], 0)
+            return word
+
+        word = jnp.zeros((SUBLANES, LANES), jnp.int32)
+        words[tile.number] = lax.fori_loop(0, len(index) // SUBLANES, add, word, unroll=4)
+
+
+def _taken(word: Int[Array, "8 lanes"]) -> Bool[Array, "32 8 lanes"]:
+    """Which keys of a tile are top-k keys."""
+    return (word >> _iota((BITS, SUBLANES, LANES))) & 1 == 1
+
+
+def _over_keys(reduce, x: Float[Array, "32 8 lanes"]) -> Float[Array, "1 lanes"]:
+    return reduce(reduce(x, axis=0), axis=0, keepdims=True)
+
+
+def _iota(shape: tuple[int, ...]) -> Int[Array, "..."]:
+    """Positions along the first axis."""
+    return lax.broadcasted_iota(jnp.int32, shape, 0)
+
+
+def _dot(x, y, x_axis: int, y_axis: int) -> Float[Array, "_ _"]:
+    """The product over an axis of each, accumulated in float32."""
+    return lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
