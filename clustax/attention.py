@@ -118,7 +118,7 @@ def attend(
     def unfit() -> str | None:
         from clustax.kernels.attend import refusal
 
-        return refusal(query, value, clusters.counts, topk)
+        return refusal(query, value, clusters.counts, topk, num_subclusters)
 
     return _attend(
         *arrays,

@@ -22,11 +22,28 @@ def refusal(
     value: Float[Array, "*B S K V"],
     counts: Int[Array, "*B N C"],
     topk: int,
+    num_subclusters: int,
 ) -> str | None:
-    """Why the kernels cannot serve these shapes and this dtype, or None."""
-    return grouped.refusal(
-        query.shape[-3], counts.shape[-1], topk, query.shape[-1], value.shape[-1], query.dtype
-    )
+    """Why the kernels cannot serve such a call, or None."""
+    length, num_heads, head_dim = query.shape[-3:]
+    num_keys, num_key_heads, value_dim = value.shape[-3:]
+    num_clusters = counts.shape[-1]
+    reason = None
+    if topk < num_keys:
+        reason = centroid.refusal(
+            centroid.Shape(
+                num_heads // num_key_heads,
+                num_clusters,
+                num_subclusters,
+                topk,
+                head_dim,
+                value_dim,
+                query.dtype,
+            )
+        )
+    if topk > 0 and reason is None:
+        reason = grouped.refusal(length, num_clusters, topk, head_dim, value_dim, query.dtype)
+    return reason
 
 
 def attend(

@@ -242,7 +242,9 @@ def _attend(
         else pl.BlockSpec((None, 1, blocks.keys), lambda g, p, i: (g // per_head, 0, i)),
     )
     out = (
-        jax.ShapeDtypeStruct((num_tiles, max(SUBLANES, _round_up(topk, SUBLANES)), LANES), jnp.int32),
+        jax.ShapeDtypeStruct(
+            (num_tiles, max(SUBLANES, _round_up(topk, SUBLANES)), LANES), jnp.int32
+        ),
         jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES, value_dim), jnp.float32),
         jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES), jnp.float32),
     )
@@ -341,9 +343,7 @@ def _attend_backward(topk, blocks, interpret, residuals, cotangents):
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
-_COMPILER_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("parallel", "arbitrary", "arbitrary")
-)
+_COMPILER_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
 
 def _parts(
