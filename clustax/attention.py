@@ -118,8 +118,7 @@ def attend(
     def unfit() -> str | None:
         from clustax.kernels.attend import refusal
 
-        settings = {"topk": topk, "num_subclusters": num_subclusters}
-        return refusal(query, value, clusters.counts, **settings)
+        return refusal(query, value, clusters.counts, topk, num_subclusters)
 
     return _attend(
         *arrays,

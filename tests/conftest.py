@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 # Inner functions must get the shapes and dtypes that they say they take. Public ones are not held
 # to that: callers have to see their own messages. This has to precede any import of clustax.
-CHECKED = ("xla", "reference", "kmeans", "masks", "heads")
+CHECKED = ("xla", "reference", "kmeans", "masks", "heads", "kernels")
 install_import_hook([f"clustax.{name}" for name in CHECKED], "beartype.beartype")
 
 import hypothesis  # noqa: E402

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clustax import kernels, xla
 from clustax.kernels import centroid_attention, grouped_attention, hopper
@@ -24,26 +24,27 @@ def refusal(
     topk: int,
     num_subclusters: int,
 ) -> str | None:
-    """Why the kernels of this device cannot serve these shapes and this dtype, or None."""
+    """Why the kernels of this device cannot serve such a call, or None."""
+    length, num_heads, head_dim = query.shape[-3:]
+    num_keys, num_key_heads, value_dim = value.shape[-3:]
+    num_clusters = counts.shape[-1]
     shape = centroid_attention.Shape(
-        num_heads=query.shape[-2] // value.shape[-2],
-        num_clusters=counts.shape[-1],
-        num_subclusters=num_subclusters,
-        topk=topk,
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        dtype=query.dtype,
+        num_heads // num_key_heads,
+        num_clusters,
+        num_subclusters,
+        topk,
+        head_dim,
+        value_dim,
+        query.dtype,
     )
     if kernels.device() == "hopper":
         return hopper.refusal(shape)
-    return centroid_attention.refusal(shape) or grouped_attention.refusal(
-        query.shape[-3],
-        shape.num_clusters,
-        topk,
-        shape.head_dim,
-        shape.value_dim,
-        shape.dtype,
-    )
+    reason = centroid_attention.refusal(shape) if topk < num_keys else None
+    if topk > 0 and reason is None:
+        reason = grouped_attention.refusal(
+            length, num_clusters, topk, head_dim, value_dim, query.dtype
+        )
+    return reason
 
 
 def attend(
@@ -123,18 +124,21 @@ def _top_keys(keys: xla.Keys, index: Int[Array, "G C k"]) -> xla.Keys:
     """The top-k keys of each cluster, of which those of J heads serve G."""
 
     def gather(x):  # J|G S … -> G C k …
-        if x is None:
-            return None
-        rows = _take(x.reshape(*x.shape[:2], -1), index.reshape(len(x), -1))
+        take = _take if jnp.issubdtype(x.dtype, jnp.floating) else _rows
+        rows = take(x.reshape(*x.shape[:2], -1), index.reshape(len(x), -1))
         return rows.reshape(*index.shape, *x.shape[2:])
 
     return jax.tree.map(gather, keys)
 
 
+def _rows(x: Shaped[Array, "J S D"], index: Int[Array, "J I"]) -> Shaped[Array, "J I D"]:
+    return jax.vmap(lambda x, index: x[index])(x, index)
+
+
 @jax.custom_vjp
 def _take(x: Float[Array, "J S D"], index: Int[Array, "J I"]) -> Float[Array, "J I D"]:
     """Rows; their gradients are added in the order of ``index``."""
-    return jax.vmap(lambda x, index: x[index])(x, index)
+    return _rows(x, index)
 
 
 def _take_forward(x, index):
