@@ -118,7 +118,8 @@ def attend(
     def unfit() -> str | None:
         from clustax.kernels.attend import refusal
 
-        return refusal(query, value, clusters.counts, topk, num_subclusters)
+        settings = {"topk": topk, "num_subclusters": num_subclusters}
+        return refusal(query, value, clusters.counts, **settings)
 
     return _attend(
         *arrays,

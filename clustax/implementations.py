@@ -79,5 +79,5 @@ def names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
 def _refusal(unfit: Callable[[], str | None]) -> str | None:
     """Why the Pallas kernels cannot serve a call."""
     if kernels.device() is None:
-        return "its kernels are for TPUs and Hopper GPUs, and this is for neither"
+        return "its kernels are for TPUs, and from JAX 0.11 on for Hopper GPUs, not for this"
     return unfit()

@@ -1,6 +1,6 @@
 """Pallas kernels of the hot path, one file a kernel; ``attend`` composes those of attention.
 
-They run on TPUs; ``hopper`` has those for Hopper GPUs. ``with clustax.kernels.interpret("tpu"):``,
+They run on TPUs; ``hopper`` has those for Hopper GPUs, from JAX 0.11 on. ``with clustax.kernels.interpret("tpu"):``,
 or ``"hopper"``, has them interpreted, wherever that is: slowly, for tests and debugging.
 """
 
@@ -25,7 +25,8 @@ def device() -> str | None:
     if platform == "tpu":
         return "tpu"
     kind = jax.devices()[0].device_kind if target is None else target.device_kind
-    return "hopper" if any(name in kind.split() for name in HOPPER) else None
+    is_hopper = any(name in kind.split() for name in HOPPER)
+    return "hopper" if is_hopper and jax.__version_info__ >= (0, 11) else None
 
 
 def of(name: str) -> ModuleType:

@@ -157,5 +157,5 @@ def test_what_is_not_served_is_refused():
     clusters = make_clusters(BY_NAME["plain"])
     with pytest.raises(NotImplementedError, match="for GPUs take bfloat16, not float32"):
         attend(*inputs[:3], clusters=clusters, implementation="pallas")
-    with pytest.raises(NotImplementedError, match="up to 128 clusters .* not 200 of 8"):
+    with pytest.raises(NotImplementedError, match=r"up to 128 clusters .* not 200 of 8"):
         cluster_queries(inputs.query, num_clusters=200, metric="euclidean", implementation="pallas")

@@ -16,6 +16,10 @@ from jaxtyping import Array, BFloat16, Bool, Float, Shaped
 from clustax import kernels
 from clustax.kernels.centroid_attention import Shape
 
+# JAX 0.10, for which there are no such kernels, has other signatures and no name for the second.
+_load: Any = plgpu.load
+_InterpretParams: Any = getattr(plgpu, "InterpretGPUParams", None)
+
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
 # Stands for -inf in the logits of masked keys, as in ``clustax.xla``.
@@ -58,12 +62,12 @@ def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n 
 
 def of_columns(ref: Any, shape: tuple[int, int]) -> Shaped[Array, "n m"]:
     """What belongs to each column, in shared memory, for every element of it."""
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMNS), shape, (1,))
+    return lax.broadcast_in_dim(_load(ref, layout=COLUMNS), shape, (1,))
 
 
 def load_rows(ref: Any) -> Shaped[Array, " n"]:
     """What belongs to each row, in global memory."""
-    return plgpu.load(ref, layout=ROWS, optimized=False)
+    return _load(ref, layout=ROWS, optimized=False)
 
 
 def launch(
@@ -75,13 +79,14 @@ def launch(
 ) -> list[Array]:
     """Runs ``body`` on references to operands and outputs, for every point of a grid."""
     body.__name__ = name  # how profilers show it
+    interpreted = _InterpretParams() if kernels.interpret.value else None
     return plgpu.kernel(
         body,
         out_type=list(outputs),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if kernels.interpret.value else None,
+        interpret=interpreted,
     )(*operands)
 
 

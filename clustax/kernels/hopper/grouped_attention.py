@@ -15,7 +15,6 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from clustax.kernels import hopper
 
-
 STEP_TILES = 1  # what the number of tiles has to be a multiple of
 
 
