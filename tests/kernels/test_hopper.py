@@ -100,12 +100,9 @@ def test_grouped_attention_is_that_of_xla(merge, topk):
     value = normal(2, num_heads, num_clusters, topk, value_dim, dtype=jnp.bfloat16)
     addend = normal(3, num_heads, num_clusters, topk).at[..., 0].set(xla.MASKED)
     cluster = jnp.array([[0, 0, 2], [1, 3, 3]])
-    tail_mean = tail_lse = top_lse = None
-    if merge is not None:
-        tail_mean = normal(4, num_heads, num_clusters, value_dim)
-        tail_lse = normal(5, num_heads, num_tiles, 64) + 2
-    if merge == "mass":
-        top_lse = normal(6, num_heads, num_tiles, 64) + 2
+    tail_mean = normal(4, num_heads, num_clusters, value_dim)
+    tail_lse = normal(5, num_heads, num_tiles, 64) + 2
+    top_lse = normal(6, num_heads, num_tiles, 64) + 2 if merge == "mass" else None
     rows = grouped_attention.grouped_attention(
         query,
         cluster,
@@ -113,18 +110,16 @@ def test_grouped_attention_is_that_of_xla(merge, topk):
         value,
         addend,
         None,
-        tail_mean,
-        tail_lse,
-        top_lse,
+        *((tail_mean, tail_lse, top_lse) if merge else ()),
         scale=0.3,
     )
 
     of_tile = jax.vmap(lambda x, cluster: x[cluster])
-    keys = xla.Keys(*(of_tile(x, cluster) for x in (key, value, addend)), None)
-    keys = keys._replace(value=keys.value.astype(jnp.float32))
+    values = of_tile(value, cluster).astype(jnp.float32)
+    keys = xla.Keys(of_tile(key, cluster), values, of_tile(addend, cluster), None)
     top = xla.attend_keys(xla.attention_logits(query, keys, 0.3), keys.value)
     expected = top.mean
-    if merge is not None:
+    if merge:
         mass = jax.nn.sigmoid((top.lse if top_lse is None else top_lse) - tail_lse)[..., None]
         expected = mass * expected + (1 - mass) * of_tile(tail_mean, cluster)[:, :, None]
     assert largest_error(rows, expected) < 1e-2

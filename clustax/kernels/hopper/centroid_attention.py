@@ -36,7 +36,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 class CentroidAttention(NamedTuple):
     """What there is to know about each cluster."""
 
-    index: Int[Array, "G C k"]  # its top-k keys, best first
+    top_keys: Int[Array, "G C k"]  # best first
     tail_mean: Float[Array, "G C V"]  # attention over the other keys
     tail_lse: Float[Array, "G C R"]  # log-sum-exp of their logits, of each sub-cluster
 
@@ -69,7 +69,7 @@ class Top(NamedTuple):
     """The k-th key of each cluster: those that come before it in rank, then in order, are top."""
 
     rank: Float[Array, "G 1 C"]
-    index: Int[Array, "G 1 C"]
+    position: Int[Array, "G 1 C"]
 
 
 class Tile(NamedTuple):
@@ -139,17 +139,17 @@ def _attend(
         value,
         hopper.pad(addend, 1, block, -jnp.inf),
     )
-    share = 1.0 if share is None else of_subclusters(share)
+    shares = 1.0 if share is None else of_subclusters(share)
     ranking = top = None
     if operands.num_subclusters > 1 and topk:
         shift, total = _log_sum_exp(operands, None, None, tiles=tiles)
-        ranking = Softmax(shift, share / total)
+        ranking = Softmax(shift, shares / total)
     index = jnp.zeros((*centroids.shape[:2], 0), jnp.int32)
     if topk:
         best, index = _select(operands, ranking, topk, tiles=tiles)
         top = Top(best[:, None, :, -1], index[:, None, :, -1])
     shift, total = _log_sum_exp(operands, ranking, top, tiles=tiles)
-    tail_mean = _average(operands, ranking, top, Softmax(shift, share / total), tiles=tiles)
+    tail_mean = _average(operands, ranking, top, Softmax(shift, shares / total), tiles=tiles)
     tail_lse = jnp.swapaxes(shift + jnp.log(total), 1, 2)
     return CentroidAttention(
         index[:, :num_clusters],
@@ -159,8 +159,8 @@ def _attend(
 
 
 def _attend_forward(centroids, key, value, addend, share, topk):
-    attended = _attend(centroids, key, value, addend, share, topk)
-    return attended, (centroids, key, value, addend, share, attended.index)
+    attended: CentroidAttention = _attend(centroids, key, value, addend, share, topk)
+    return attended, (centroids, key, value, addend, share, attended.top_keys)
 
 
 def _attend_backward(topk, residuals, gradients):
@@ -246,7 +246,7 @@ def _weights(tile: Tile, num_subclusters: int, softmax: str) -> Float[Array, "64
 def _is_top(tile: Tile, num_subclusters: int) -> Bool[Array, "64 keys"]:
     rank = _rank(tile, num_subclusters)
     least = hopper.of_rows(tile.rows("top_rank", 0), TILE)
-    last = hopper.of_rows(tile.rows("top_index", 0), TILE)
+    last = hopper.of_rows(tile.rows("top_position", 0), TILE)
     return (rank > least) | ((rank == least) & (tile.position <= last))
 
 
@@ -429,7 +429,7 @@ def _average(
         "average_values",
         operands,
         _named(rank=ranking, top=top, tail=tail),
-        [(("blocks", "clusters", operands.value.shape[-1]), jnp.float32)],
+        [(("blocks", "clusters", "value_dim"), jnp.float32)],
         visit,
         finish,
         tiles=tiles,
@@ -464,7 +464,7 @@ def _sweep(
     num_heads, num_subclusters, num_clusters, head_dim = centroids[0].shape
     group, block = num_heads // len(key), tiles * KEYS
     sizes: dict[Any, int] = {"blocks": key.shape[1] // block, "tiles": key.shape[1] // KEYS}
-    sizes["clusters"] = num_clusters
+    sizes |= {"clusters": num_clusters, "value_dim": 0 if value is None else value.shape[-1]}
     tiled = [key, addend] if value is None else [key, addend, value]
     arrays = [*centroids, *tiled, *rows.values()]
 
@@ -501,13 +501,13 @@ def _sweep(
                 plgpu.barrier_wait(loaded.at[slot])
 
                 def logits(r):
-                    def products(products):
+                    def multiply(products):
                         for part in range(num_parts):
                             right = buffers[0].at[slot].transpose((1, 0))
                             plgpu.wgmma(products, centroid.at[part, r], right)
                         return products[...]
 
-                    products = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(TILE))
+                    products = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(TILE))
                     return products + hopper.of_columns(buffers[1].at[slot], TILE)
 
                 def weigh(weights):
