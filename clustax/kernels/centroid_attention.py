@@ -76,20 +76,21 @@ class Shape(NamedTuple):
     dtype: jnp.dtype  # of keys and values
 
     @property
-    def _width(self) -> int:
-        return _round_up(self.head_dim, LANES) + _round_up(self.value_dim, LANES)
+    def _widths(self) -> tuple[int, int]:
+        return _round_up(self.head_dim, LANES), _round_up(self.value_dim, LANES)
 
     @property
     def bytes_per_key(self) -> int:
         """On-chip memory that each key of a step takes: going in and out, summed, and ranked."""
-        return self._width * (4 * self.dtype.itemsize + 4) + LANES * 4
+        return sum(self._widths) * (4 * self.dtype.itemsize + 4) + LANES * 4
 
     @property
     def fixed_bytes(self) -> int:
-        """The on-chip memory that clusters take."""
+        """The on-chip memory that clusters take, most of it for the gradients of centroids."""
+        head_width, value_width = self._widths
         tiles = self.num_heads * -(-self.num_clusters // LANES)
-        rows = LANES * self.num_subclusters * self._width * 4
-        return (2 * tiles + 4) * rows + 3 * LANES * _round_up(self.topk, SUBLANES) * 4
+        widths = (2 * tiles + 2) * head_width + 4 * value_width + 4 * SUBLANES
+        return 4 * LANES * (self.num_subclusters * widths + 4 * _round_up(self.topk, SUBLANES))
 
 
 def refusal(shape: Shape) -> str | None:
@@ -179,7 +180,7 @@ def centroid_attention(
         x = jnp.swapaxes(x, 1, 2)
         return x.reshape(num_heads, -1, *x.shape[2:])[:, :num_clusters]
 
-    top_index, mean, lse = _attend(
+    found: Any = _attend(
         tile(scale * centroids),
         key,
         value,
@@ -189,9 +190,9 @@ def centroid_attention(
         blocks,
         interpret,
     )
-    mean = untile(mean)  # G C R V
-    mean = mean[:, :, 0] if share is None else jnp.einsum("gcr,gcrv->gcv", share, mean)
-    return CentroidAttention(untile(top_index)[..., :topk], mean, untile(lse))
+    top_index, mean, lse = map(untile, found)
+    mean = mean[:, :, 0] if share is None else jnp.sum(share[..., None] * mean, axis=2)
+    return CentroidAttention(top_index[..., :topk], mean, lse)
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -622,7 +623,7 @@ def _find_taken(for_tiles, index, words) -> None:
 
 def _taken(word: Int[Array, "8 lanes"]) -> Bool[Array, "32 8 lanes"]:
     """Which keys of a tile are top-k keys."""
-    return (word >> _iota((BITS, SUBLANES, LANES))) & 1 == 1
+    return word << (BITS - 1 - _iota((BITS, SUBLANES, LANES))) < 0  # its bit becomes the sign
 
 
 def _over_keys(reduce, x: Float[Array, "32 8 lanes"]) -> Float[Array, "1 lanes"]:
