@@ -93,7 +93,7 @@ def cluster_codes(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        num_dims=num_bits,
+        of=(*codes.shape[-2:], codes.dtype),
     )
     return _run_kmeans(codes, metric="hamming", num_bits=num_bits, **settings)
 
@@ -175,6 +175,7 @@ def cluster_queries(
         key_value_seq_lengths = validation.lengths(
             "key_value_seq_lengths", key_value_seq_lengths, query.shape[:-3]
         )
+    points = (query.shape[-3], query.shape[-1], jnp.promote_types(query.dtype, jnp.float32))
     settings = _checked_settings(
         query.shape[:-3],
         num_clusters=num_clusters,
@@ -183,7 +184,7 @@ def cluster_queries(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        num_dims=num_bits if metric == "hamming" else query.shape[-1],
+        of=points if metric == "euclidean" else (points[0], lsh.num_words(num_bits), jnp.uint32),
     )
     planes_rng, settings["rng"] = jax.random.split(settings["rng"])
     if metric != "hamming" and planes is not None:
@@ -259,12 +260,12 @@ def _checked_settings(
     initial_positions: Int[Array, " C"] | None,
     query_seq_lengths: Int[Array, "*B"] | None,
     implementation: str | Sequence[str] | None,
-    num_dims: int,
+    of: tuple[int, int, Any],
 ) -> dict[str, Any]:
-    """Checks the settings of K-means, of points or codes of so many dims or bits."""
+    """Checks the settings of K-means, of points or codes of this length, width and dtype."""
 
     def unfit() -> str | None:
-        return _kernels().refusal(num_clusters, num_dims)
+        return _kernels().refusal(*of, num_clusters)
 
     validation.at_least("num_clusters", num_clusters, 1)
     validation.at_least("num_iterations", num_iterations, 1)

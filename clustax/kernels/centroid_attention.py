@@ -3,10 +3,10 @@
 On TPU one kernel reads the keys in blocks, once a phase:
 
 1. With sub-clusters, it sums up the softmax of each, so that their weights can be averaged.
-2. It selects the top-k keys of each cluster. Those found so far stay on the chip, best first. While
-   any of the next 256 keys beats the k-th of some cluster, the best one of each cluster is inserted.
-   This takes about k · ln(S / k) rounds in all for keys in random order, and k every 256 keys at
-   most.
+2. It selects the top-k keys of each cluster. Those found so far stay on the chip, best first. As
+   long as one of the next 256 keys beats the k-th of its cluster, the best one for each cluster is
+   inserted. For keys in random order this takes about 2 k · ln(S / k) rounds in all; it cannot take
+   more than k for every 256 keys.
 3. It attends to the keys that are left, with an online softmax. These are told from the others by
    their index, so that no key can be lost or count twice, however logits are rounded.
 
@@ -19,7 +19,7 @@ clusters as it takes; each of them is worked on like a head.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,20 +76,21 @@ class Shape(NamedTuple):
     dtype: jnp.dtype  # of keys and values
 
     @property
-    def _width(self) -> int:
-        return _round_up(self.head_dim, LANES) + _round_up(self.value_dim, LANES)
+    def _widths(self) -> tuple[int, int]:
+        return _round_up(self.head_dim, LANES), _round_up(self.value_dim, LANES)
 
     @property
     def bytes_per_key(self) -> int:
         """On-chip memory that each key of a step takes: going in and out, summed, and ranked."""
-        return self._width * (4 * self.dtype.itemsize + 4) + LANES * 4
+        return sum(self._widths) * (4 * self.dtype.itemsize + 4) + LANES * 4
 
     @property
     def fixed_bytes(self) -> int:
-        """The on-chip memory that clusters take."""
+        """The on-chip memory that clusters take, most of it for the gradients of centroids."""
+        head_width, value_width = self._widths
         tiles = self.num_heads * -(-self.num_clusters // LANES)
-        rows = LANES * self.num_subclusters * self._width * 4
-        return (2 * tiles + 4) * rows + 3 * LANES * _round_up(self.topk, SUBLANES) * 4
+        widths = (2 * tiles + 2) * head_width + 4 * value_width + 4 * SUBLANES
+        return 4 * LANES * (self.num_subclusters * widths + 4 * _round_up(self.topk, SUBLANES))
 
 
 def refusal(shape: Shape) -> str | None:
@@ -109,7 +110,7 @@ def refusal(shape: Shape) -> str | None:
 class CentroidAttention(NamedTuple):
     """What is found out about each cluster."""
 
-    index: Int[Array, "G C k"]  # its top-k keys, best first, ties going to the lowest index
+    top_index: Int[Array, "G C k"]  # its top-k keys, best first; ties go to the lowest index
     tail_mean: Float[Array, "G C V"]  # attention over its other keys
     tail_lse: Float[Array, "G C R"]  # log-sum-exp of their logits, for each sub-cluster
 
@@ -150,12 +151,12 @@ def centroid_attention(
     Returns:
       The top-k keys, the mean of the values of the others, and the log-sum-exp of their logits.
 
-    >>> centroids, key = jnp.eye(2)[None, :, None], jnp.array([[[0, 3], [1, 0], [2, 0]]])
-    >>> out = centroid_attention(
-    ...     centroids, key.astype(float), jnp.ones((1, 3, 1)), topk=1, scale=1.0, interpret=True
-    ... )
-    >>> out.index.tolist(), jnp.round(out.tail_lse, 2).tolist()
-    ([[[2], [0]]], [[[1.31], [0.69]]])
+    >>> centroids, key = jnp.eye(2)[None, :, None], jnp.array([[[0, 9], [1, 0], [2, 0]]], float)
+    >>> out = centroid_attention(centroids, key, key, topk=1, scale=1.0, interpret=True)
+    >>> out.top_index.tolist()  # the last key for the first cluster, the first one for the second
+    [[[2], [0]]]
+    >>> out.tail_mean[0, 1].tolist()  # of the other two, which have the same logits there
+    [1.5, 0.0]
     """
     num_heads, num_clusters, num_subclusters, head_dim = centroids.shape
     if blocks is None:
@@ -179,7 +180,7 @@ def centroid_attention(
         x = jnp.swapaxes(x, 1, 2)
         return x.reshape(num_heads, -1, *x.shape[2:])[:, :num_clusters]
 
-    index, mean, lse = _attend(
+    found: Any = _attend(
         tile(scale * centroids),
         key,
         value,
@@ -189,9 +190,9 @@ def centroid_attention(
         blocks,
         interpret,
     )
-    mean = untile(mean)  # G C R V
-    mean = mean[:, :, 0] if share is None else jnp.einsum("gcr,gcrv->gcv", share, mean)
-    return CentroidAttention(untile(index)[..., :topk], mean, untile(lse))
+    top_index, mean, lse = map(untile, found)
+    mean = mean[:, :, 0] if share is None else jnp.sum(share[..., None] * mean, axis=2)
+    return CentroidAttention(top_index[..., :topk], mean, lse)
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -222,49 +223,38 @@ def _attend(
     """The top-k keys, filled up with -1; attention over the others; their log-sum-exp."""
     num_tiles, num_subclusters = centroids.shape[:2]
     num_keys, value_dim = value.shape[1:]
-    num_phases = 1 if topk == 0 else 2 if share is None else 3
-    per_key_head = num_tiles // len(key)
-    per_head = 1 if addend is None else num_tiles // len(addend)
+    rows = _round_up(max(topk, 1), SUBLANES)
     operands = _Operands(_parts(centroids, key.dtype), key, value, addend)
-
-    def of_clusters(x) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda g, p, i: (g, *[0] * (x.ndim - 1)))
-
-    def of_values(g, phase, i):  # only the last phase needs them
-        return g // per_key_head, jnp.where(phase == num_phases - 1, i, 0), 0
-
-    specs = _Operands(
-        of_clusters(operands.centroids),
-        pl.BlockSpec((None, blocks.keys, key.shape[2]), lambda g, p, i: (g // per_key_head, i, 0)),
-        pl.BlockSpec((None, blocks.keys, value_dim), of_values),
-        None
-        if addend is None
-        else pl.BlockSpec((None, 1, blocks.keys), lambda g, p, i: (g // per_head, 0, i)),
+    num_phases = 1 if topk == 0 else 2 if share is None else 3
+    grid = _Grid(num_tiles, blocks, lambda tile, _, block: (tile, block))
+    # Values stay where they are until the last phase, which alone needs them.
+    of_values = _Grid(
+        num_tiles, blocks, lambda tile, phase, block: (tile, block * (phase == num_phases - 1))
     )
     out = (
-        jax.ShapeDtypeStruct(
-            (num_tiles, max(SUBLANES, _round_up(topk, SUBLANES)), LANES), jnp.int32
-        ),
+        jax.ShapeDtypeStruct((num_tiles, rows, LANES), jnp.int32),
         jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES, value_dim), jnp.float32),
         jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES), jnp.float32),
     )
     tiles = blocks.keys // TILE
+    scratch = _Scratch(
+        rank=pltpu.VMEM((tiles, BITS, SUBLANES, LANES), jnp.float32),
+        top_rank=pltpu.VMEM((rows, LANES), jnp.float32),
+        words=pltpu.VMEM((tiles, SUBLANES, LANES), jnp.int32),
+        shift=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
+        total=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
+        sums=pltpu.VMEM((num_subclusters, value_dim, LANES), jnp.float32),
+    )
     return pl.pallas_call(
         partial(_forward, topk, num_keys),
         grid=(num_tiles, num_phases, -(-num_keys // blocks.keys)),
-        in_specs=(specs, jax.tree.map(of_clusters, share)),
-        out_specs=jax.tree.map(of_clusters, out),
-        out_shape=out,
-        scratch_shapes=(
-            _Scratch(
-                rank=pltpu.VMEM((tiles, BITS, SUBLANES, LANES), jnp.float32),
-                top_rank=pltpu.VMEM(out[0].shape[1:], jnp.float32),
-                words=pltpu.VMEM((tiles, SUBLANES, LANES), jnp.int32),
-                shift=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
-                total=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
-                sums=pltpu.VMEM((num_subclusters, value_dim, LANES), jnp.float32),
-            ),
+        in_specs=(
+            grid.operands(operands)._replace(value=of_values.keys(value)),
+            jax.tree.map(grid.clusters, share),
         ),
+        out_specs=jax.tree.map(grid.clusters, out),
+        out_shape=out,
+        scratch_shapes=(scratch,),
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
         name="centroid_attention",
@@ -277,55 +267,30 @@ def _attend_forward(centroids, key, value, addend, share, topk, blocks, interpre
 
 
 def _attend_backward(topk, blocks, interpret, residuals, cotangents):
-    centroids, key, value, addend, (index, mean, lse) = residuals
+    centroids, key, value, addend, (top_index, mean, lse) = residuals
     _, d_mean, d_lse = cotangents
     num_tiles, num_keys = len(centroids), key.shape[1]
-    per_key_head = num_tiles // len(key)
+    num_sharing = num_tiles // len(key)
     operands = _Operands(_parts(centroids, key.dtype), key, value, addend)
     d_mean = d_mean.astype(value.dtype)
-    rest = _Rest(index, lse, d_mean, jnp.sum(d_mean * mean, axis=-1) - d_lse)
-
-    def of_clusters(x) -> pl.BlockSpec:
-        zeros = [0] * (x.ndim - 1)
-        return pl.BlockSpec((None, *x.shape[1:]), lambda j, i, n: (j * per_key_head + n, *zeros))
-
-    def of_keys(x) -> pl.BlockSpec:
-        return pl.BlockSpec((None, blocks.keys, x.shape[2]), lambda j, i, n: (j, i, 0))
-
-    def of_addend(per_head: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, 1, blocks.keys), lambda j, i, n: ((j * per_key_head + n) // per_head, 0, i)
-        )
-
-    has_addend = addend is not None
-    # Those of all tiles that share keys stay on the chip.
-    d_centroids = jax.ShapeDtypeStruct((len(key), per_key_head, *centroids.shape[1:]), jnp.float32)
+    rest = _Rest(top_index, lse, d_mean, jnp.sum(d_mean * mean, axis=-1) - d_lse)
+    # Tiles of clusters that share keys follow each other, so that gradients of keys are added up on
+    # the chip; those of all their centroids stay there as well.
+    grid = _Grid(num_tiles, blocks, lambda head, block, tile: (head * num_sharing + tile, block))
+    d_centroids = jax.ShapeDtypeStruct((len(key), num_sharing, *centroids.shape[1:]), jnp.float32)
+    d_addend = jax.ShapeDtypeStruct((num_tiles, 1, num_keys), jnp.float32)
     out = _Operands(
         d_centroids,
         jax.ShapeDtypeStruct(key.shape, key.dtype),
         jax.ShapeDtypeStruct(value.shape, value.dtype),
-        jax.ShapeDtypeStruct((num_tiles, 1, num_keys), jnp.float32) if has_addend else None,
+        None if addend is None else d_addend,
     )
-    ((d_centroids, d_key, d_value, d_addend),) = pl.pallas_call(
-        partial(_backward, topk, num_keys),
-        grid=(len(key), -(-num_keys // blocks.keys), per_key_head),
-        in_specs=(
-            _Operands(
-                of_clusters(operands.centroids),
-                of_keys(key),
-                of_keys(value),
-                of_addend(num_tiles // len(addend)) if has_addend else None,
-            ),
-            jax.tree.map(of_clusters, rest),
-        ),
-        out_specs=(
-            _Operands(
-                pl.BlockSpec((None, *d_centroids.shape[1:]), lambda j, i, n: (j, 0, 0, 0, 0)),
-                of_keys(key),
-                of_keys(value),
-                of_addend(1) if has_addend else None,
-            ),
-        ),
+    of_centroids = pl.BlockSpec((None, *d_centroids.shape[1:]), lambda head, *_: (head, 0, 0, 0, 0))
+    gradients = pl.pallas_call(
+        partial(_backward, num_keys),
+        grid=(len(key), -(-num_keys // blocks.keys), num_sharing),
+        in_specs=(grid.operands(operands), jax.tree.map(grid.clusters, rest)),
+        out_specs=(grid.operands(out)._replace(centroids=of_centroids),),
         out_shape=(out,),
         scratch_shapes=(
             pltpu.VMEM((blocks.keys, key.shape[2]), jnp.float32),
@@ -336,7 +301,8 @@ def _attend_backward(topk, blocks, interpret, residuals, cotangents):
         interpret=interpret,
         name="centroid_attention_backward",
     )(operands, rest)
-    if has_addend:
+    d_centroids, d_key, d_value, d_addend = gradients[0]
+    if addend is not None:
         d_addend = d_addend.reshape(len(addend), -1, 1, num_keys).sum(axis=1)
     return d_centroids.reshape(centroids.shape), d_key, d_value, d_addend, None
 
@@ -357,29 +323,68 @@ def _parts(
 
 
 class _Operands(NamedTuple):
-    """Blocks of the operands, or their gradients."""
+    """The operands of both passes, or what belongs to each: blocks, their specs, gradients."""
 
-    centroids: Float[Array, "parts R lanes H"]
-    key: Float[Array, "keys H"]
-    value: Float[Array, "keys V"]
-    addend: Float[Array, "1 keys"] | None
+    centroids: Any  # g parts R lanes H
+    key: Any  # J S H
+    value: Any  # J S V
+    addend: Any  # G 1 S, or None
+
+
+class _Grid(NamedTuple):
+    """Blocks of arrays for steps that each take one tile of clusters and one block of keys."""
+
+    num_tiles: int
+    blocks: CentroidBlocks
+    place: Callable  # which two a step takes
+
+    def clusters(self, x) -> pl.BlockSpec:
+        """What belongs to the clusters."""
+        zeros = (0,) * (x.ndim - 1)
+        return pl.BlockSpec((None, *x.shape[1:]), lambda *step: (self.place(*step)[0], *zeros))
+
+    def keys(self, x) -> pl.BlockSpec:
+        """Rows that belong to keys, for each of their heads."""
+        return self._of_head(x, (self.blocks.keys, x.shape[2]), lambda block: (block, 0))
+
+    def addend(self, x) -> pl.BlockSpec:
+        """Numbers that belong to keys."""
+        return self._of_head(x, (1, self.blocks.keys), lambda block: (0, block))
+
+    def operands(self, x: _Operands) -> _Operands:
+        """All operands."""
+        return _Operands(
+            self.clusters(x.centroids),
+            self.keys(x.key),
+            self.keys(x.value),
+            jax.tree.map(self.addend, x.addend),
+        )
+
+    def _of_head(self, x, shape, place) -> pl.BlockSpec:
+        tiles_per_head = self.num_tiles // len(x)
+
+        def index(*step):
+            tile, block = self.place(*step)
+            return tile // tiles_per_head, *place(block)
+
+        return pl.BlockSpec((None, *shape), index)
 
 
 class _Scratch(NamedTuple):
     """What the forward pass keeps on the chip."""
 
-    rank: Float[Array, "tiles 32 8 lanes"]  # of the keys of a block, -inf once they are inserted
-    top_rank: Float[Array, "rows lanes"]  # of the top-k keys
-    words: Int[Array, "tiles 8 lanes"]  # which keys of a block are top-k keys
-    shift: Float[Array, "R lanes"]  # of an online softmax: what is subtracted from logits
-    total: Float[Array, "R lanes"]  # the sum of the weights
-    sums: Float[Array, "R V lanes"]  # the sum of the weighted values
+    rank: Any  # tiles 32 8 lanes: of the keys of a block; -inf once they are inserted
+    top_rank: Any  # rows lanes: of the top-k keys
+    words: Any  # tiles 8 lanes: which keys of a block are top-k keys
+    shift: Any  # R lanes: of an online softmax, what is subtracted from logits
+    total: Any  # R lanes: the sum of its weights
+    sums: Any  # R V lanes: the sum of the weighted values
 
 
 class _Rest(NamedTuple):
     """What the backward pass knows of each sub-cluster's attention over the keys that are left."""
 
-    index: Int[Array, "rows lanes"]  # of the keys that are not
+    top_index: Int[Array, "rows lanes"]  # which keys are not
     lse: Float[Array, "R lanes"]
     d_mean: Float[Array, "R lanes V"]
     d_shift: Float[Array, "R lanes"]  # what is subtracted from the gradients of the weights
@@ -408,8 +413,10 @@ class _Tile(NamedTuple):
     def logits(self, operands: _Operands, r: Int[Array, ""]) -> Float[Array, "32 8 lanes"]:
         """The logits of a sub-cluster; those of keys beyond the sequence are -inf."""
         key = self.load(operands.key)
-        num_parts = len(operands.centroids)
-        logits = sum(_dot(key, operands.centroids[part, r], 1, 1) for part in range(num_parts))
+        num_parts = operands.centroids.shape[0]
+        logits = _dot(key, operands.centroids[0, r], 1, 1)
+        for part in range(1, num_parts):
+            logits += _dot(key, operands.centroids[part, r], 1, 1)
         if operands.addend is not None:
             column = jnp.broadcast_to(operands.addend[:, self.rows], (LANES, TILE)).T
             logits = jnp.maximum(logits + column, MASKED)
@@ -420,7 +427,7 @@ class _Tile(NamedTuple):
         return jnp.where(_iota((SUBLANES, LANES)) < rest, logits, -jnp.inf)
 
 
-def _forward(topk: int, num_keys: int, operands, share, index, mean, lse, scratch) -> None:
+def _forward(topk: int, num_keys: int, operands, share, top_index, mean, lse, scratch) -> None:
     rank, top_rank, words, shift, total, sums = scratch
     phase, block = pl.program_id(1), pl.program_id(2)
     for_tiles = partial(_for_tiles, block, num_keys, operands.key.shape[0])
@@ -450,7 +457,7 @@ def _forward(topk: int, num_keys: int, operands, share, index, mean, lse, scratc
 
     def start_selection():
         top_rank[...] = jnp.full_like(top_rank, -jnp.inf)
-        index[...] = jnp.full_like(index, -1)
+        top_index[...] = jnp.full_like(top_index, -1)
 
     def select():
         if share is not None:
@@ -486,22 +493,22 @@ def _forward(topk: int, num_keys: int, operands, share, index, mean, lse, scratc
 
         # Keys of equal rank come in order, so those that are there stay before them.
         stays = top_rank[...] >= best
-        next_rank, next_index = (pltpu.roll(x[...], 1, 0) for x in (top_rank, index))
+        next_rank, next_index = (pltpu.roll(x[...], 1, 0) for x in (top_rank, top_index))
         enters = (next_rank >= best) | (_iota(top_rank.shape) == 0)
         entering = tile.start + first.astype(jnp.int32)
-        index[...] = jnp.where(stays, index[...], jnp.where(enters, entering, next_index))
+        top_index[...] = jnp.where(stays, top_index[...], jnp.where(enters, entering, next_index))
         top_rank[...] = jnp.where(stays, top_rank[...], jnp.where(enters, best, next_rank))
         return best_of(ranks)
 
     def finish_selection():
-        index[...] = jnp.where(_iota(index.shape) < topk, index[...], -1)
+        top_index[...] = jnp.where(_iota(top_index.shape) < topk, top_index[...], -1)
 
     def start_attending():
         start_softmax()
         sums[...] = jnp.zeros_like(sums)
 
     def attend():
-        _find_taken(for_tiles, index, words)
+        _find_taken(for_tiles, top_index, words)
 
         @for_all
         def _(r, tile):
@@ -532,7 +539,7 @@ def _forward(topk: int, num_keys: int, operands, share, index, mean, lse, scratc
             pl.when(block == pl.num_programs(2) - 1)(finish)
 
 
-def _backward(topk, num_keys, operands, rest, gradients, d_key, d_value, words) -> None:
+def _backward(num_keys, operands, rest, gradients, d_key, d_value, words) -> None:
     block, tile_of_clusters = pl.program_id(1), pl.program_id(2)
     for_tiles = partial(_for_tiles, block, num_keys, len(operands.key))
     d_centroids = gradients.centroids.at[tile_of_clusters]
@@ -548,7 +555,7 @@ def _backward(topk, num_keys, operands, rest, gradients, d_key, d_value, words) 
 
     if operands.addend is not None:
         gradients.addend[...] = jnp.zeros_like(gradients.addend)
-    _find_taken(for_tiles, rest.index, words)
+    _find_taken(for_tiles, rest.top_index, words)
 
     @partial(_for_all, operands.centroids.shape[1], for_tiles)
     def _(r, tile):
@@ -616,7 +623,7 @@ def _find_taken(for_tiles, index, words) -> None:
 
 def _taken(word: Int[Array, "8 lanes"]) -> Bool[Array, "32 8 lanes"]:
     """Which keys of a tile are top-k keys."""
-    return (word >> _iota((BITS, SUBLANES, LANES))) & 1 == 1
+    return word << (BITS - 1 - _iota((BITS, SUBLANES, LANES))) < 0  # its bit becomes the sign
 
 
 def _over_keys(reduce, x: Float[Array, "32 8 lanes"]) -> Float[Array, "1 lanes"]:

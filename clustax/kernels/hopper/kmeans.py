@@ -23,12 +23,17 @@ TILES = 16  # of a block
 MAX_CLUSTERS, MAX_WIDTH = 128, 128  # sums of all clusters stay in registers
 
 
-def refusal(num_clusters: int, width: int) -> str | None:
-    """Why the kernel cannot serve so many clusters of points of so many dims, or bits; or None."""
-    if num_clusters > MAX_CLUSTERS or width > MAX_WIDTH:
+def refusal(length: int, width: int, dtype: jnp.dtype, num_clusters: int) -> str | None:
+    """Why the kernel cannot serve codes of ``width`` words, or points of that dim, or None."""
+    del length
+    is_code = dtype == jnp.uint32
+    dim = 32 * width if is_code else width
+    if not is_code and dtype != jnp.float32:
+        return f"its K-means on GPUs takes no {dtype.name}"
+    if num_clusters > MAX_CLUSTERS or dim > MAX_WIDTH:
         return (
             f"its K-means on GPUs serves up to {MAX_CLUSTERS} clusters of up to {MAX_WIDTH} bits "
-            f"or dims, not {num_clusters} of {width}"
+            f"or dims, not {num_clusters} of {dim}"
         )
     return None
 

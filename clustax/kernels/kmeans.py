@@ -1,0 +1,472 @@
+"""Lloyd's K-means as one kernel: all iterations, of either metric, with the centroids on chip.
+
+The grid goes over heads, iterations and blocks of queries, so that the pipeline fetches blocks
+ahead, and only once where one block is all. Queries fill lanes. Scores, centroids by queries, come
+from the matrix unit; where they are smallest makes a one-hot matrix, by which the matrix unit sums
+up the points of each cluster. Codes stay packed until they are in registers, where bits turn into
+numbers, 1 for 0 and -1 for 1, whose products count the bits that differ. Numbers of float32 are
+taken apart into several of bfloat16, which lose nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+
+from clustax import kernels
+
+# Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
+VMEM_BYTES = 12 * 2**20
+LANES = 128
+PACKED = 16  # rows of bfloat16 in a register
+WORD = 32  # bits in a word of a code
+CHUNK = 256  # queries that are worked on at once; twice as many do not fit into registers
+EXACT = 2**24  # float32 holds all integers up to this one
+PARTS = 3  # numbers of bfloat16 that one of float32 is worth
+NEVER = float(jnp.finfo(jnp.float32).max)  # the score of a row that is no centroid
+
+
+@dataclasses.dataclass(frozen=True)
+class KmeansBlocks:
+    """How much of the problem a step of the grid takes.
+
+    Attributes:
+      queries: the number of queries, a multiple of 128; multiples of 256 are faster.
+      heads: the number of heads, at least 1; it divides that of all heads.
+    """
+
+    queries: int
+    heads: int = 1
+
+    def __post_init__(self):
+        """Refuses sizes that the layout on chip does not allow."""
+        if self.queries < 1 or self.queries % LANES:
+            raise ValueError(f"queries must be a multiple of {LANES}, got {self.queries}.")
+        if self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads}.")
+
+    @classmethod
+    def default(cls, num_heads: int, length: int, width: int, itemsize: int):
+        """As many queries as half the memory holds, and several heads where these are few."""
+        most = min(8192, VMEM_BYTES // 2 // _bytes_per_query(width, itemsize))
+        most = max(LANES, most // CHUNK * CHUNK)
+        share = -(-length // -(-length // most))  # all blocks get about as many
+        queries = _padded(share, LANES if share <= LANES else CHUNK)
+        at_once = max(1, 2048 // queries)
+        return cls(queries, max(n for n in range(1, at_once + 1) if num_heads % n == 0))
+
+
+def refusal(length: int, width: int, dtype: jnp.dtype, num_clusters: int) -> str | None:
+    """Why the kernel cannot serve codes of ``width`` words, or points of that dim, or None."""
+    dtype = jnp.dtype(dtype)
+    is_code = dtype == jnp.uint32
+    if not is_code and dtype.itemsize > 4:
+        return f"its kernels take no {dtype.name}"
+    dim = WORD * width if is_code else width
+    if length >= EXACT or (is_code and 2 * _power_of_two(num_clusters) * dim >= EXACT):
+        return f"T={length} queries in C={num_clusters} clusters exceed what it can count"
+    rows = _padded(num_clusters, PACKED)
+    needed = (
+        VMEM_BYTES // 2  # blocks
+        + 4 * length  # distances
+        + _padded(rows, LANES) * dim * 4 * 6  # centroids, in their several forms
+        + rows * CHUNK * 4 * 4  # scores
+    )
+    if needed > VMEM_BYTES:
+        return f"T={length} queries in C={num_clusters} clusters exceed its memory"
+    return None
+
+
+def hamming(
+    codes: UInt32[Array, "G T W"],
+    start: Int[Array, "G C"],
+    valid: Bool[Array, "G T"],
+    *,
+    num_bits: int,
+    num_iterations: int,
+    blocks: KmeansBlocks | None = None,
+) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
+    """Clusters the codes of all heads, each as :func:`clustax.kmeans.hamming` does.
+
+    Args:
+      codes: packed codes; unused bits are 0.
+      start: positions of the codes that start the centroids.
+      valid: which codes count; the others are assigned to C.
+      num_bits: number of bits in a code.
+      num_iterations: number of assignments.
+      blocks: how much a step takes; :meth:`KmeansBlocks.default` if None.
+
+    Returns:
+      The assignment, in [0, C], and the number of members of each cluster.
+
+    >>> codes = jnp.array([[[0b0000], [0b1111], [0b0001], [0b0111]]], jnp.uint32)  # G = 1, T = 4
+    >>> start, valid = jnp.array([[0, 1]]), jnp.ones((1, 4), bool)
+    >>> with kernels.interpret("tpu"):
+    ...     hamming(codes, start, valid, num_bits=4, num_iterations=2)
+    (Array([[0, 1, 0, 1]], dtype=int32), Array([[2, 2]], dtype=int32))
+    """
+    del num_bits  # bits that are not used are alike, and change no distance
+    words = lax.bitcast_convert_type(jnp.swapaxes(codes, 1, 2), jnp.int32)
+    metric = _hamming(start.shape[1], WORD * codes.shape[2])
+    return _lloyd(metric, words, start, valid, num_iterations, blocks)
+
+
+def euclidean(
+    points: Float[Array, "G T H"],
+    start: Int[Array, "G C"],
+    valid: Bool[Array, "G T"],
+    *,
+    num_iterations: int,
+    blocks: KmeansBlocks | None = None,
+) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
+    """Clusters points: as :func:`clustax.kmeans.euclidean` does; the rest is as in :func:`hamming`.
+
+    Points of bfloat16 take a third of the time, and give the same clusters as float32 ones.
+    """
+    if points.dtype != jnp.bfloat16:
+        points = points.astype(jnp.float32)
+    metric = _euclidean(start.shape[1], points.shape[2])
+    points = jnp.swapaxes(points, 1, 2)
+    return _lloyd(metric, points, start, valid, num_iterations, blocks)
+
+
+class Metric(NamedTuple):
+    """What the two metrics do in ways of their own.
+
+    Attributes:
+      dim: the number D of numbers in a point.
+      num_probes: of how many matrices of bfloat16 the sum is taken for scores.
+      unpack: makes numbers (D n) of what memory holds.
+      probe: what points are multiplied with for scores (C D), and what is added (C 1).
+      nearest: of scores (C n) and points: index of the nearest centroid, distance to it (1 n each).
+      update: the centroids (D C), from the sums of their members and the number of these.
+    """
+
+    dim: int
+    num_probes: int
+    unpack: Callable[[Array], Array]
+    probe: Callable[[Array], tuple[Array, Array]]
+    nearest: Callable[[Array, Array], tuple[Array, Array]]
+    update: Callable[[Array, Array], Array]
+
+
+def _hamming(num_clusters: int, dim: int) -> Metric:
+    """Scores are distance · scale + index: one minimum finds both."""
+    scale = _power_of_two(num_clusters)
+
+    def probe(centroids):  # the distance is (D - the product) / 2
+        index = _iota(centroids.shape[1])
+        offset = jnp.where(index < num_clusters, dim * scale / 2 + index, NEVER)
+        return -scale / 2 * centroids.T, offset
+
+    def nearest(scores, points):
+        best = jnp.min(scores, axis=0, keepdims=True)
+        distance = jnp.floor(best / scale)
+        return best - distance * scale, distance
+
+    def update(sums, counts):
+        return jnp.where(sums < 0, -1.0, 1.0)
+
+    return Metric(dim, 1, _unpack_bits, probe, nearest, update)
+
+
+def _euclidean(num_clusters: int, dim: int) -> Metric:
+    """Scores are |c|² - 2 x·c, as |x|² is the same for all."""
+
+    def probe(centroids):
+        rows = centroids.T
+        offset = jnp.sum(rows**2, axis=1, keepdims=True)
+        return -2 * rows, jnp.where(_iota(len(rows)) < num_clusters, offset, NEVER)
+
+    def nearest(scores, points):
+        best = jnp.min(scores, axis=0, keepdims=True)
+        index = jnp.where(scores == best, _iota(len(scores)), num_clusters - 1)
+        squares = jnp.sum(points.astype(jnp.float32) ** 2, axis=0, keepdims=True)
+        return jnp.min(index, axis=0, keepdims=True), jnp.maximum(best + squares, 0)
+
+    def update(sums, counts):
+        return sums / jnp.maximum(counts, 1)
+
+    return Metric(dim, PARTS, lambda points: points, probe, nearest, update)
+
+
+def _unpack_bits(words: Int[Array, "W n"]) -> Float[Array, "bits n"]:
+    """1 for 0 and -1 for 1, as bfloat16, whose sign is its highest bit.
+
+    Bits s and s + 16 of a word go to one place, as two numbers there: the order of bits is another,
+    but the same for all codes.
+    """
+    shift = lax.broadcasted_iota(jnp.int32, (WORD // 2, words.shape[1]), 0)
+    one, sign = 0x3F803F80, -0x7FFF8000  # two of each
+    pairs = [(words[w : w + 1] << shift) & sign | one for w in range(len(words))]
+    return jnp.concatenate([pltpu.bitcast(pair, jnp.bfloat16) for pair in pairs])
+
+
+def _lloyd(
+    metric: Metric,
+    points: Shaped[Array, "G R T"],
+    start: Int[Array, "G C"],
+    valid: Bool[Array, "G T"],
+    num_iterations: int,
+    blocks: KmeansBlocks | None,
+) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
+    num_heads, width, length = points.shape
+    num_clusters = start.shape[1]
+    columns = _padded(num_clusters, PACKED)
+    interpret = kernels.interpret.value is not None
+    if blocks is None:
+        blocks = KmeansBlocks.default(num_heads, length, width, points.dtype.itemsize)
+    heads, size = blocks.heads, blocks.queries
+    if num_heads % heads:
+        raise ValueError(f"heads must divide the {num_heads} heads of all, got {heads}.")
+    chunk = math.gcd(size, CHUNK)
+    num_blocks = -(-length // size)
+    padding = ((0, 0), (0, 0), (0, num_blocks * size - length))
+
+    starts = jnp.take_along_axis(points, start[:, None], axis=2)
+    starts = jnp.pad(starts, ((0, 0), (0, 0), (0, columns - num_clusters)))
+    points = jnp.pad(jnp.where(valid[:, None], points, 0), padding)
+    valid = jnp.pad(valid[:, None].astype(jnp.int32), padding)
+
+    def moving(rows):
+        return pl.BlockSpec((heads, rows, size), lambda g, i, b: (g, 0, b))
+
+    def staying(rows):
+        return pl.BlockSpec((heads, rows, columns), lambda g, i, b: (g, 0, 0))
+
+    def after_last(g, i, b):  # what earlier iterations say is overwritten before it is moved
+        return g, 0, jnp.where(i == num_iterations - 1, b, 0)
+
+    kernel = partial(
+        _kernel,
+        metric=metric,
+        num_clusters=num_clusters,
+        num_iterations=num_iterations,
+        # Some CPUs have no products of bfloat16.
+        dot=partial(_dot, dtype=jnp.float32 if interpret else jnp.bfloat16),
+    )
+    assignment, counts = pl.pallas_call(
+        kernel,
+        grid=(num_heads // heads, num_iterations, num_blocks),
+        in_specs=[moving(width), moving(1), staying(width), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=[pl.BlockSpec((heads, 1, size), after_last), staying(1)],
+        out_shape=[
+            jax.ShapeDtypeStruct(valid.shape, jnp.int32),
+            jax.ShapeDtypeStruct((num_heads, 1, columns), jnp.int32),
+        ],
+        scratch_shapes=Scratch(
+            centroids=pltpu.VMEM((heads, metric.dim, columns), jnp.float32),
+            sums=pltpu.VMEM((heads, metric.dim + PACKED, columns), jnp.float32),
+            distance=pltpu.VMEM(
+                (heads, _padded(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
+            ),
+            probes=pltpu.VMEM((metric.num_probes, columns, metric.dim), jnp.bfloat16),
+            offset=pltpu.VMEM((columns, LANES), jnp.float32),
+            members=pltpu.VMEM((columns, chunk), jnp.bfloat16),
+            fetched=pltpu.VMEM((width, LANES), points.dtype),
+            semaphore=pltpu.SemaphoreType.DMA,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=interpret,
+        name="kmeans",
+    )(points, valid, starts, points)
+    return assignment[:, 0, :length], counts[:, 0, :num_clusters]
+
+
+class Scratch(NamedTuple):
+    """What stays on chip from step to step, where it says so for each of several heads."""
+
+    centroids: Shaped[Array, "heads D C"]
+    sums: Shaped[Array, "heads D+16 C"]  # of the points of each cluster; from row D on, how many
+    distance: Shaped[Array, "heads T/128 128"]  # from each query to its centroid; -1 if padded
+    probes: Shaped[Array, "P C D"]
+    offset: Shaped[Array, "C 128"]
+    members: Shaped[Array, "C chunk"]  # one-hot
+    fetched: Shaped[Array, "R 128"]
+    semaphore: Array
+
+
+def _kernel(
+    points_ref,  # heads R queries
+    valid_ref,  # heads 1 queries
+    start_ref,  # heads R C
+    all_points,  # G R T, not on chip
+    assignment_ref,  # heads 1 queries
+    counts_ref,  # heads 1 C
+    scratch: Scratch,
+    *,
+    metric: Metric,
+    num_clusters: int,
+    num_iterations: int,
+    dot: Callable[[Array, Array, int], Array],
+):
+    first_head = pl.program_id(0) * points_ref.shape[0]
+    iteration, block = pl.program_id(1), pl.program_id(2)
+    size, chunk = points_ref.shape[2], scratch.members.shape[1]
+
+    def head(h, _):
+        centroids, sums, distance = (ref.at[h] for ref in scratch[:3])
+
+        @pl.when((iteration == 0) & (block == 0))
+        def _():
+            centroids[...] = metric.unpack(start_ref[h]).astype(jnp.float32)
+            distance[...] = jnp.full(distance.shape, -1, jnp.float32)
+
+        @pl.when(block == 0)
+        def _():
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+        probe, offset = metric.probe(centroids[...])
+        for ref_index, part in enumerate(_parts(probe, metric.num_probes)):
+            scratch.probes[ref_index] = part
+        scratch.offset[...] = jnp.broadcast_to(offset, scratch.offset.shape)
+
+        def here(step):
+            return pl.ds(pl.multiple_of(step * chunk, chunk), chunk)
+
+        def assign(step):
+            points = metric.unpack(points_ref[h, :, here(step)])
+            is_valid = valid_ref[h, :, here(step)] > 0
+            scores = jnp.concatenate([scratch.offset[...]] * (chunk // LANES), axis=1)
+            parts = _parts(points, PARTS)
+            for i in reversed(range(len(parts))):  # the smallest first
+                for j in reversed(range(max(1, metric.num_probes - i))):
+                    scores += dot(scratch.probes[j], parts[i], 0)
+            index, far = metric.nearest(scores, points)
+            index = jnp.where(is_valid, index.astype(jnp.int32), num_clusters)
+            far = jnp.where(is_valid, far, -1)
+            assignment_ref[h, :, here(step)] = index
+            first = (block * size + step * chunk) // LANES
+            for row in range(chunk // LANES):
+                distance[pl.ds(first + row, 1), :] = far[:, row * LANES : (row + 1) * LANES]
+            is_member = lax.broadcasted_iota(jnp.int32, scores.shape, 0) == index
+            scratch.members[...] = is_member.astype(jnp.float32).astype(jnp.bfloat16)
+
+        def add(step):
+            first, *rest = _parts(metric.unpack(points_ref[h, :, here(step)]), PARTS)
+            members = scratch.members[...]
+            for part in reversed(rest):
+                sums[: metric.dim, :] += dot(part, members, 1)
+            ones = jnp.ones((PACKED, chunk), jnp.bfloat16)
+            sums[...] += dot(jnp.concatenate([first, ones]), members, 1)
+
+        def add_and_assign(step, _):  # they do not wait for one another
+            add(step - 1)
+            assign(step)
+
+        assign(0)
+        lax.fori_loop(1, size // chunk, add_and_assign, None)
+        add(size // chunk - 1)
+
+        @pl.when(block == pl.num_programs(2) - 1)
+        def _():
+            counts = sums[metric.dim : metric.dim + 1, :]
+            counts_ref[h] = counts.astype(jnp.int32)
+
+            @pl.when(iteration < num_iterations - 1)
+            def _():
+                updated = metric.update(sums[: metric.dim, :], counts)
+                centroids[...] = jnp.where(counts > 0, updated, centroids[...])
+                points = all_points.at[first_head + h]
+                fetch = partial(_fetch, points, scratch.fetched, scratch.semaphore, metric.unpack)
+                _reseed(centroids, counts, distance, fetch, num_clusters)
+
+    lax.fori_loop(0, points_ref.shape[0], head, None)
+
+
+def _reseed(centroids, counts, distance, fetch, num_clusters: int):
+    """Moves the centroids of empty clusters to queries that are served badly."""
+    column = lax.broadcasted_iota(jnp.int32, counts.shape, 1)
+
+    def next_empty(after):
+        is_next = (counts == 0) & (column > after)
+        return jnp.min(jnp.where(is_next, column, num_clusters))
+
+    def reseed(j):
+        farthest, position = _farthest(distance, num_clusters, j)
+
+        @pl.when(farthest >= 0)
+        def _():
+            centroids[...] = jnp.where(column == j, fetch(position), centroids[...])
+
+        return next_empty(j)
+
+    lax.while_loop(lambda j: j < num_clusters, reseed, next_empty(-1))
+
+
+def _farthest(distance, num_clusters: int, j):
+    """The largest distance of each C-th query from j on, and the first query that has it."""
+    rows = 8
+    place = LANES * lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
+    place += lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+
+    def farther(step, best):
+        position = step * (rows * LANES) + place
+        distances = distance[pl.ds(pl.multiple_of(step * rows, rows), rows), :]
+        is_farther = (lax.rem(position, num_clusters) == j) & (distances > best[0])
+        return jnp.where(is_farther, distances, best[0]), jnp.where(is_farther, position, best[1])
+
+    none = jnp.full(place.shape, -1, jnp.float32), jnp.full(place.shape, EXACT, jnp.int32)
+    distances, positions = lax.fori_loop(0, distance.shape[0] // rows, farther, none)
+    farthest = jnp.max(distances)
+    return farthest, jnp.min(jnp.where(distances == farthest, positions, EXACT))
+
+
+def _fetch(points, fetched, semaphore, unpack, position) -> Float[Array, "D 1"]:
+    """The point at a position, from outside the chip."""
+    first = pl.multiple_of(position // LANES * LANES, LANES)
+    copy = pltpu.make_async_copy(points.at[:, pl.ds(first, LANES)], fetched, semaphore)
+    copy.start()
+    copy.wait()
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    numbers = unpack(fetched[...]).astype(jnp.float32)
+    return jnp.sum(jnp.where(lane == position - first, numbers, 0), axis=1, keepdims=True)
+
+
+def _parts(x: Float[Array, "n m"], count: int) -> list[Float[Array, "n m"]]:
+    """Numbers of bfloat16, up to so many, that add up to these; the largest first."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    parts = []
+    for _ in range(count):
+        parts.append(x.astype(jnp.bfloat16))
+        x = x - parts[-1].astype(jnp.float32)
+    return parts
+
+
+def _dot(x, y, y_axis: int, *, dtype: jnp.dtype) -> Float[Array, "_ _"]:
+    """The product over the last axis of x and an axis of y, accumulated in float32."""
+    axes = (((1,), (y_axis,)), ((), ()))
+    x, y = x.astype(dtype), y.astype(dtype)
+    return lax.dot_general(
+        x, y, axes, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+    )
+
+
+def _iota(rows: int) -> Float[Array, "_ 1"]:
+    """The index of each row, as float32."""
+    return lax.broadcasted_iota(jnp.int32, (rows, 1), 0).astype(jnp.float32)
+
+
+def _bytes_per_query(width: int, itemsize: int) -> int:
+    """On-chip memory of what comes and goes with a query, while the next comes and the last goes."""
+    return 2 * (_padded(width * itemsize, 32) + 2 * 32)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _power_of_two(size: int) -> int:
+    """The lowest one that is at least ``size``."""
+    return 1 << (size - 1).bit_length()
