@@ -184,7 +184,9 @@ def cluster_queries(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        of=points if metric == "euclidean" else (points[0], lsh.num_words(num_bits), jnp.uint32),
+        of=points
+        if metric == "euclidean"
+        else (points[0], lsh.num_words(num_bits), jnp.dtype(jnp.uint32)),
     )
     planes_rng, settings["rng"] = jax.random.split(settings["rng"])
     if metric != "hamming" and planes is not None:

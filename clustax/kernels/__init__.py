@@ -1,8 +1,8 @@
 """Pallas kernels of the hot path, one file a kernel; ``attend`` composes those of attention.
 
 They run on TPUs; ``hopper`` has those for Hopper GPUs, from JAX 0.11 on. ``with
-clustax.kernels.interpret("tpu"):``, or ``"hopper"``, has them interpreted, wherever that is: slowly,
-for tests and debugging.
+clustax.kernels.interpret("tpu"):``, or ``"hopper"``, has them interpreted, wherever that is:
+slowly, for tests and debugging.
 """
 
 import importlib

@@ -251,7 +251,7 @@ def _lloyd(
         num_clusters=num_clusters,
         num_iterations=num_iterations,
         # Some CPUs have no products of bfloat16.
-        dot=partial(_dot, dtype=jnp.float32 if interpret else jnp.bfloat16),
+        dot=partial(_dot, dtype=jnp.dtype(jnp.float32 if interpret else jnp.bfloat16)),
     )
     assignment, counts = pl.pallas_call(
         kernel,
@@ -262,18 +262,20 @@ def _lloyd(
             jax.ShapeDtypeStruct(valid.shape, jnp.int32),
             jax.ShapeDtypeStruct((num_heads, 1, columns), jnp.int32),
         ],
-        scratch_shapes=Scratch(
-            centroids=pltpu.VMEM((heads, metric.dim, columns), jnp.float32),
-            sums=pltpu.VMEM((heads, metric.dim + PACKED, columns), jnp.float32),
-            distance=pltpu.VMEM(
-                (heads, _padded(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
-            ),
-            probes=pltpu.VMEM((metric.num_probes, columns, metric.dim), jnp.bfloat16),
-            offset=pltpu.VMEM((columns, LANES), jnp.float32),
-            members=pltpu.VMEM((columns, chunk), jnp.bfloat16),
-            fetched=pltpu.VMEM((width, LANES), points.dtype),
-            semaphore=pltpu.SemaphoreType.DMA,
-        ),
+        scratch_shapes=[
+            Scratch(
+                centroids=pltpu.VMEM((heads, metric.dim, columns), jnp.float32),
+                sums=pltpu.VMEM((heads, metric.dim + PACKED, columns), jnp.float32),
+                distance=pltpu.VMEM(
+                    (heads, _padded(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
+                ),
+                probes=pltpu.VMEM((metric.num_probes, columns, metric.dim), jnp.bfloat16),
+                offset=pltpu.VMEM((columns, LANES), jnp.float32),
+                members=pltpu.VMEM((columns, chunk), jnp.bfloat16),
+                fetched=pltpu.VMEM((width, LANES), points.dtype),
+                semaphore=pltpu.SemaphoreType.DMA,
+            )
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
@@ -459,7 +461,7 @@ def _iota(rows: int) -> Float[Array, "_ 1"]:
 
 
 def _bytes_per_query(width: int, itemsize: int) -> int:
-    """On-chip memory of what comes and goes with a query, while the next comes and the last goes."""
+    """On-chip memory of what comes and goes with a query, for two blocks at a time."""
     return 2 * (_padded(width * itemsize, 32) + 2 * 32)
 
 
