@@ -310,7 +310,7 @@ def batch_of(settings: Settings, cell: Cell, part: int, number: int) -> dict[str
     return draw_batch(rng, settings.optimisation.batch_size, cell.length, settings.masked)
 
 
-def run_cell(settings: Settings, cell: Cell, progress: Progress) -> dict[str, Any]:
+def run_cell(settings: Settings, cell: Cell, commit: str, progress: Progress) -> dict[str, Any]:
     """Trains and tests the model of a cell, unless that is done already."""
     folder = settings.output / "runs" / cell.name
     parts = {name: dataclasses.asdict(getattr(settings, name)) for name in TRAINED_WITH}
@@ -335,7 +335,7 @@ def run_cell(settings: Settings, cell: Cell, progress: Progress) -> dict[str, An
     result = {
         **cell._asdict(),
         **found,
-        "commit": revision(),
+        "commit": commit,
         "curve": {name: [row[name] for row in log] for name in ("step", "loss", "accuracy")},
     }
     with whole_file(path) as new:
@@ -480,10 +480,11 @@ def run(settings: Settings, console: Console) -> None:
 
 def _run_all(settings: Settings, progress: Progress) -> Iterator[dict[str, Any]]:
     grid = cells(settings)
+    commit = revision()  # Later, another one may be checked out.
     task = progress.add_task("Models", total=len(grid), state="")
     for cell in grid:
         shown = set(progress.task_ids)
-        yield run_cell(settings, cell, progress)
+        yield run_cell(settings, cell, commit, progress)
         for finished in set(progress.task_ids) - shown:  # Its bar: many would fill the screen.
             progress.remove_task(finished)
         progress.advance(task)
