@@ -91,6 +91,7 @@ class Checkpoints:
 
 
 def _line(error: Exception) -> str:
-    """What an error says, cut to its first line."""
+    """The first line of what an error says; of a long one the ends, which say what and why."""
     first = (str(error).splitlines() or [""])[0].rstrip(".")
-    return f"{type(error).__name__}: {first[:200]}"
+    short = first if len(first) <= 200 else f"{first[:60]} … {first[-120:]}"
+    return f"{type(error).__name__}: {short}"

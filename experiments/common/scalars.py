@@ -28,16 +28,16 @@ class Scalars:
 
     def __init__(self, folder: Path, step: int):
         self.rows: list[dict[str, Any]] = []
-        path = folder / "scalars.jsonl"
+        self._path = folder / "scalars.jsonl"
         size = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        for line in _lines(self._path):
             # The last line of a run that was killed may be cut off.
             row = json.loads(line) if line.endswith(b"\n") else None
             if row is None or row["step"] > step:
                 break
             self.rows.append(row)
             size += len(line)
-        self._file = path.open("ab")
+        self._file = self._path.open("ab", buffering=0)
         self._file.truncate(size)
         # The SummaryWriter of tensorboardX writes in another thread, and waits for ever for it if
         # the disk is full.
@@ -46,14 +46,20 @@ class Scalars:
         self._write_event(step + 1, session_log=EVENTS.SessionLog(status=EVENTS.SessionLog.START))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Logs scalars of a step; on return a kill cannot take them away."""
+        """Logs scalars of a step; on return a kill cannot take them away.
+
+        Raises:
+            OSError: if they cannot be written, as on a full disk; it names the file.
+        """
         row = {"step": step, **scalars}
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in scalars.items():
-            self._write_event(step, summary=summary.scalar(name, value))
-        self._events.flush()
+        try:
+            self._file.write(json.dumps(row).encode() + b"\n")
+            os.fsync(self._file.fileno())
+            for name, value in scalars.items():
+                self._write_event(step, summary=summary.scalar(name, value))
+            self._events.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.rows.append(row)
 
     def _write_event(self, step: int, **content: Any) -> None:
@@ -65,3 +71,7 @@ class Scalars:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._events.close()
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []

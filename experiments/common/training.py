@@ -88,12 +88,7 @@ class Optimisation:
 
 
 def learning_rate(settings: Optimisation) -> optax.Schedule:
-    """The learning rate of each step.
-
-    >>> rate = learning_rate(Optimisation(steps=10, learning_rate=1.0, warmup_steps=2))
-    >>> [float(rate(step)) for step in (0, 1, 2, 9)]
-    [0.0, 0.5, 1.0, 1.0]
-    """
+    """The learning rate of each step, from 0."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     after = optax.constant_schedule(peak)
     if settings.schedule == "cosine":
@@ -238,11 +233,7 @@ def evaluate(
 
 
 def means(sums: Iterable[Sums]) -> dict[str, float]:
-    """Sums of several batches over their weight.
-
-    >>> means([{"weight": 1.0, "loss": 5.0}, {"weight": 3.0, "loss": 3.0}])
-    {'loss': 2.0}
-    """
+    """The sums of several batches over the sum of their weights."""
     found = jax.device_get(list(sums))
     totals = {name: math.fsum(float(each[name]) for each in found) for name in found[0]}
     weight = totals.pop("weight")
