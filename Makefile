@@ -5,6 +5,7 @@
 #   make check    format, lint, types, and make test
 #   make scaling  time and memory against exact attention
 #   make pareto   error against time, for many settings
+#   make copy     train models on the paper's copy task, 25 minutes on 2 cores
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
@@ -24,7 +25,7 @@ ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(installed)
 endif
 
-.PHONY: demo speech test check format scaling pareto publish clean
+.PHONY: demo speech test check format scaling pareto copy publish clean
 
 demo: $(installed)
 	$(swap) text
@@ -51,6 +52,9 @@ scaling: $(installed)
 pareto: $(installed)
 	$(python) -m experiments.pareto
 
+copy: $(installed)
+	$(python) -m experiments.copy_task cpu
+
 publish: $(installed)
 	$(swap) text --output $(results)/pretrained_swap_text
 	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
@@ -61,6 +65,7 @@ publish: $(installed)
 	  --output $(results)/pretrained_swap_speech_clips
 	$(python) -m experiments.scaling --output $(results)/scaling
 	$(python) -m experiments.pareto --output $(results)/pareto
+	$(python) -m experiments.copy_task cpu --output $(results)/copy_task
 	$(python) -m experiments.tables
 
 clean:

@@ -146,7 +146,32 @@ def pareto(record: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, caption])
 
 
+def copy_task(record: Mapping[str, Any]) -> str:
+    """The table of experiments.copy_task: means over seeds, bold where the task is solved."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for cell in record["cells"]:
+        name = cell["method"] if cell["size"] is None else f"{cell['method']}-{cell['size']}"
+        found.setdefault(name, {}).setdefault(cell["length"], []).append(cell["accuracy"])
+    settings = record["settings"]
+    rows = []
+    for name, by_length in found.items():
+        means = [sum(by_length[n]) / len(by_length[n]) for n in settings["lengths"]]
+        rows.append((name, *(f"**{x:.1%}**" if x >= 0.99 else f"{x:.1%}" for x in means)))
+    header = ("attention", *(f"N = {length}" for length in settings["lengths"]))
+    model, common, how = (settings[name] for name in ("model", "attentions", "optimisation"))
+    caption = (
+        f"Accuracy at masked symbols of {settings['evaluated']} new sequences; bold: solved "
+        f"(99 %); guessing gives 10 %. {model['layers']} layer(s) of {model['heads']} heads × "
+        f"{model['head_dim']}, {how['steps']} steps of {how['batch_size']} sequences, k = "
+        f"{common['topk']}, {common['num_bits']} bits; seeds {settings['seeds']}; on "
+        f"{record['device']}, jax {record['versions']['jax']}, commit "
+        f"{', '.join(commit[:9] for commit in record['commits'])}."
+    )
+    return f"{markdown_table(header, rows)}\n\n{caption}"
+
+
 SECTIONS = {
+    "copy_task/results": copy_task,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
@@ -172,7 +197,7 @@ def fill_in(text: str, results: Path) -> str:
         record = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
         return f"{match[1]}\n{SECTIONS[match[2]](record)}\n{match[3]}"
 
-    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: ([\w/]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -40,3 +41,10 @@ def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
     """Returns a dropout, without random state where it drops nothing."""
     return nnx.Dropout(rate, rngs=rngs if rate else None)
+
+
+def sinusoids(length: int, size: int) -> Float[Array, "S D"]:
+    """Returns fixed encodings of positions, whose waves are from 2π to 10 000 · 2π long."""
+    frequencies = jnp.exp(-jnp.log(10_000) * jnp.linspace(0, 1, size // 2))
+    angles = jnp.arange(length)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

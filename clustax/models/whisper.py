@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clustax.models import weights, whisper_files
-from clustax.models.common import AttentionFn, layer_norm
+from clustax.models.common import AttentionFn, layer_norm, sinusoids
 from clustax.models.encoder import Attention, Encoder, FeedForward, KeyValue, Swappable, gelu
 
 NORM_EPSILON = 1e-5
@@ -118,7 +118,7 @@ class WhisperEmbeddings(nnx.Module):
         self.conv1 = nnx.Conv(config.num_mel_bins, size, 3, padding=1, rngs=rngs)
         self.conv2 = nnx.Conv(size, size, 3, strides=2, padding=1, rngs=rngs)
         # No nnx.Param: training leaves the sinusoids as they are.
-        self.positions = nnx.Variable(_sinusoids(config.max_source_positions, size))
+        self.positions = nnx.Variable(sinusoids(config.max_source_positions, size))
 
     def __call__(self, mel: Float[Array, "B M F"]) -> Float[Array, "B S D"]:
         """Embeds windows of audio."""
@@ -408,9 +408,3 @@ def load(
         files.place,
         Path(path),
     )
-
-
-def _sinusoids(length: int, size: int) -> Float[Array, "S D"]:
-    frequencies = jnp.exp(-jnp.log(10_000) * jnp.linspace(0, 1, size // 2))
-    angles = jnp.arange(length)[:, None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

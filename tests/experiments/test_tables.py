@@ -97,3 +97,26 @@ def test_pareto_tables_list_the_frontier_and_mark_what_is_not_on_it():
         "| slow * | 100 |  |  | 0.000 | 1.0000 | 50.0 | 80.0 | 288.0 |",
     ]
     assert len(table) == 8
+
+
+def test_copy_task_table_has_the_means_and_marks_what_is_solved():
+    cells = [("full", None, 0.996), ("lsh", 2, 0.25), ("lsh", 2, 0.5)]
+    names = ("method", "size", "accuracy")
+    record = {
+        "settings": {
+            "lengths": [64],
+            "seeds": [0, 1],
+            "evaluated": 1024,
+            "model": {"layers": 1, "heads": 2, "head_dim": 32},
+            "attentions": {"topk": 32, "num_bits": 32},
+            "optimisation": {"steps": 600, "batch_size": 16},
+        },
+        "cells": [dict(zip(names, cell, strict=True)) | {"length": 64} for cell in cells],
+        "commits": ["0123456789abcdef"],
+        "device": "cpu",
+        "versions": {"jax": "1"},
+    }
+    table = tables.copy_task(record).splitlines()
+    assert table[0] == "| attention | N = 64 |"
+    assert table[2:4] == ["| full | **99.6%** |", "| lsh-2 | 37.5% |"]
+    assert "commit 012345678." in table[-1]
