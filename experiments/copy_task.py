@@ -466,8 +466,9 @@ def run(settings: Settings, console: Console) -> None:
     accuracies = Accuracies(results)
     console.print(make_table(accuracies))
     commits = sorted({result.pop("commit") for result in results})
+    command = " ".join(["python -m experiments.copy_task", *sys.argv[1:]])
     record = shared.describe(
-        settings, (), (), ("optax",), command=" ".join(sys.argv), commits=commits, cells=results
+        settings, (), (), ("optax",), command=command, commits=commits, cells=results
     )
     figures = {"heat_maps": draw_maps(accuracies), "curves": draw_curves(results)}
     for name, figure in figures.items():
@@ -502,4 +503,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command = " ".join(["python -m experiments.copy_task", *sys.argv[1:]])
     main()
