@@ -93,7 +93,7 @@ def cluster_codes(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        of=(*codes.shape[-2:], codes.dtype),
+        of=(codes.shape[-2], codes.shape[-1], codes.dtype),
     )
     return _run_kmeans(codes, metric="hamming", num_bits=num_bits, **settings)
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -288,14 +288,14 @@ def _lloyd(
 class Scratch(NamedTuple):
     """What stays on chip from step to step, where it says so for each of several heads."""
 
-    centroids: Shaped[Array, "heads D C"]
-    sums: Shaped[Array, "heads D+16 C"]  # of the points of each cluster; from row D on, how many
-    distance: Shaped[Array, "heads T/128 128"]  # from each query to its centroid; -1 if padded
-    probes: Shaped[Array, "P C D"]
-    offset: Shaped[Array, "C 128"]
-    members: Shaped[Array, "C chunk"]  # one-hot
-    fetched: Shaped[Array, "R 128"]
-    semaphore: Array
+    centroids: Any  # heads D C
+    sums: Any  # heads D+16 C; of the points of each cluster; from row D on, how many
+    distance: Any  # heads T/128 128; from each query to its centroid; -1 if padded
+    probes: Any  # P C D
+    offset: Any  # C 128
+    members: Any  # C chunk; one-hot
+    fetched: Any  # R 128
+    semaphore: Any
 
 
 def _kernel(

@@ -1,0 +1,51 @@
+"""The kernel of K-means by blocks, which the core suite is too small for, against that of XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clustax import kernels, kmeans, lsh
+from clustax.kernels import kmeans as kernel
+
+LENGTH, CLUSTERS = 300, 7
+BLOCKS = kernel.KmeansBlocks(queries=128, heads=2)
+
+
+def arguments(points):
+    rng = np.random.default_rng(1)
+    start = rng.integers(90, size=(2, CLUSTERS))
+    start[1] = start[1, 0]  # all but the first of the second head have no members
+    valid = jnp.arange(LENGTH) < jnp.array([[LENGTH], [90]])
+    return points, jnp.asarray(start, jnp.int32), valid
+
+
+def assert_same(metric, *args, **settings):
+    with kernels.interpret("tpu"):
+        actual = getattr(kernel, metric)(*args, **settings, blocks=BLOCKS)
+    expected = jax.vmap(functools.partial(getattr(kmeans, metric), **settings))(*args)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("num_bits", [31, 64])
+def test_codes(num_bits):
+    bits = np.random.default_rng(0).random((2, LENGTH, num_bits)) < 0.5
+    codes = lsh.pack_bits(jnp.asarray(bits), axis=-1)
+    assert_same("hamming", *arguments(codes), num_bits=num_bits, num_iterations=4)
+
+
+def test_points():
+    points = np.random.default_rng(0).standard_normal((2, LENGTH, 7), np.float32)
+    points[1, 90:] = np.nan
+    assert_same("euclidean", *arguments(jnp.asarray(points)), num_iterations=4)
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="queries must be a multiple of 128, got 100"):
+        kernel.KmeansBlocks(queries=100)
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        kernel.KmeansBlocks(queries=128, heads=0)
+    assert "exceed what it can count" in (kernel.refusal(2**24, 64, jnp.dtype("float32"), 9) or "")
+    assert kernel.refusal(2**16, 128, jnp.dtype("float32"), 128) is None
