@@ -51,6 +51,13 @@ def interpreted(request, monkeypatch):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_freed():
+    """Drops compiled programs after each file: a process may have only so many in memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def accelerator(monkeypatch):
     """Lets the CPU run the branches of programs that accelerators run."""
