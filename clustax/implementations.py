@@ -53,6 +53,8 @@ def choose(
     refused = {}
     for name in names(implementation):
         reason = _refusal(unfit) if name == "pallas" else None
+        if reason is None and implementation is None and name == "pallas":
+            reason = _not_by_default()
         if reason is None:
             return Choice(name, refused)
         refused[name] = reason
@@ -74,6 +76,13 @@ def names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
             f"of these to try in order, got {implementation!r}."
         )
     return wanted
+
+
+def _not_by_default() -> str | None:
+    """Why the Pallas kernels serve no call that does not ask for them, or None."""
+    if kernels.device() == "hopper":
+        return "its kernels for Hopper GPUs have to be asked for, until more of them is measured"
+    return None
 
 
 def _refusal(unfit: Callable[[], str | None]) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from clustax import attend, cluster_queries, kernels, kmeans, lsh, xla
+from clustax.implementations import choose
 from clustax.kernels.hopper import centroid_attention, grouped_attention
 from clustax.kernels.hopper import kmeans as hopper_kmeans
 from tests.cases import BY_NAME, make_clusters, make_inputs
@@ -145,6 +146,11 @@ def test_attention_is_that_of_the_reference(name, settings):
     actual, expected = evaluate("pallas", jnp.bfloat16), evaluate("reference", jnp.float32)
     for each, exact in zip(actual, expected, strict=True):
         assert largest_error(each, exact) < 2e-2
+
+
+def test_they_have_to_be_asked_for():
+    assert choose("pallas").name == choose(("pallas", "xla")).name == "pallas"
+    assert "asked for" in choose().refused["pallas"]
 
 
 def test_what_is_not_served_is_refused():
