@@ -503,5 +503,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command = " ".join(["python -m experiments.copy_task", *sys.argv[1:]])
     main()
