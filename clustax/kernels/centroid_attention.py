@@ -221,6 +221,10 @@ def _attend(
     interpret: bool,
 ) -> tuple[Int[Array, "g rows lanes"], Float[Array, "g R lanes V"], Float[Array, "g R lanes"]]:
     """The top-k keys, filled up with -1; attention over the others; their log-sum-exp."""
+    return _attend_forward(centroids, key, value, addend, share, topk, blocks, interpret)[0]
+
+
+def _attend_forward(centroids, key, value, addend, share, topk, blocks, interpret):
     num_tiles, num_subclusters = centroids.shape[:2]
     num_keys, value_dim = value.shape[1:]
     rows = _round_up(max(topk, 1), SUBLANES)
@@ -231,49 +235,46 @@ def _attend(
     of_values = _Grid(
         num_tiles, blocks, lambda tile, phase, block: (tile, block * (phase == num_phases - 1))
     )
-    out = (
+    of_subclusters = jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES), jnp.float32)
+    out = _Found(
         jax.ShapeDtypeStruct((num_tiles, rows, LANES), jnp.int32),
-        jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES, value_dim), jnp.float32),
-        jax.ShapeDtypeStruct((num_tiles, num_subclusters, LANES), jnp.float32),
+        jax.ShapeDtypeStruct((*of_subclusters.shape, value_dim), jnp.float32),
+        of_subclusters,
+        of_subclusters,
     )
     tiles = blocks.keys // TILE
     scratch = _Scratch(
         rank=pltpu.VMEM((tiles, BITS, SUBLANES, LANES), jnp.float32),
         top_rank=pltpu.VMEM((rows, LANES), jnp.float32),
         words=pltpu.VMEM((tiles, SUBLANES, LANES), jnp.int32),
-        shift=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
-        total=pltpu.VMEM((num_subclusters, LANES), jnp.float32),
         sums=pltpu.VMEM((num_subclusters, value_dim, LANES), jnp.float32),
     )
-    return pl.pallas_call(
+    found = pl.pallas_call(
         partial(_forward, topk, num_keys),
         grid=(num_tiles, num_phases, -(-num_keys // blocks.keys)),
         in_specs=(
             grid.operands(operands)._replace(value=of_values.keys(value)),
             jax.tree.map(grid.clusters, share),
         ),
-        out_specs=jax.tree.map(grid.clusters, out),
-        out_shape=out,
+        out_specs=(jax.tree.map(grid.clusters, out),),
+        out_shape=(out,),
         scratch_shapes=(scratch,),
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
         name="centroid_attention",
-    )(operands, share)
-
-
-def _attend_forward(centroids, key, value, addend, share, topk, blocks, interpret):
-    out = _attend(centroids, key, value, addend, share, topk, blocks, interpret)
-    return out, (centroids, key, value, addend, out)
+    )(operands, share)[0]
+    lse = found.shift + jnp.log(found.total)
+    return (found.top_index, found.mean, lse), (centroids, key, value, addend, found)
 
 
 def _attend_backward(topk, blocks, interpret, residuals, cotangents):
-    centroids, key, value, addend, (top_index, mean, lse) = residuals
+    centroids, key, value, addend, found = residuals
     _, d_mean, d_lse = cotangents
     num_tiles, num_keys = len(centroids), key.shape[1]
     num_sharing = num_tiles // len(key)
     operands = _Operands(_parts(centroids, key.dtype), key, value, addend)
     d_mean = d_mean.astype(value.dtype)
-    rest = _Rest(top_index, lse, d_mean, jnp.sum(d_mean * mean, axis=-1) - d_lse)
+    rest = _Rest(found._replace(mean=d_mean), jnp.sum(d_mean * found.mean, axis=-1) - d_lse)
     # Tiles of clusters that share keys follow each other, so that gradients of keys are added up on
     # the chip; those of all their centroids stay there as well.
     grid = _Grid(num_tiles, blocks, lambda head, block, tile: (head * num_sharing + tile, block))
@@ -286,7 +287,7 @@ def _attend_backward(topk, blocks, interpret, residuals, cotangents):
         None if addend is None else d_addend,
     )
     of_centroids = pl.BlockSpec((None, *d_centroids.shape[1:]), lambda head, *_: (head, 0, 0, 0, 0))
-    gradients = pl.pallas_call(
+    d_centroids, d_key, d_value, d_addend = pl.pallas_call(
         partial(_backward, num_keys),
         grid=(len(key), -(-num_keys // blocks.keys), num_sharing),
         in_specs=(grid.operands(operands), jax.tree.map(grid.clusters, rest)),
@@ -300,8 +301,7 @@ def _attend_backward(topk, blocks, interpret, residuals, cotangents):
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
         name="centroid_attention_backward",
-    )(operands, rest)
-    d_centroids, d_key, d_value, d_addend = gradients[0]
+    )(operands, rest)[0]
     if addend is not None:
         d_addend = d_addend.reshape(len(addend), -1, 1, num_keys).sum(axis=1)
     return d_centroids.reshape(centroids.shape), d_key, d_value, d_addend, None
@@ -370,24 +370,32 @@ class _Grid(NamedTuple):
         return pl.BlockSpec((None, *shape), index)
 
 
+class _Found(NamedTuple):
+    """What the forward pass finds out.
+
+    Log-sum-exps come in two: where no key counts, the logarithm would be lost beside the shift.
+    """
+
+    top_index: Any  # g rows lanes
+    mean: Any  # g R lanes V
+    shift: Any  # g R lanes: what a softmax subtracts from logits
+    total: Any  # g R lanes: the sum of its weights
+
+
 class _Scratch(NamedTuple):
     """What the forward pass keeps on the chip."""
 
     rank: Any  # tiles 32 8 lanes: of the keys of a block; -inf once they are inserted
     top_rank: Any  # rows lanes: of the top-k keys
     words: Any  # tiles 8 lanes: which keys of a block are top-k keys
-    shift: Any  # R lanes: of an online softmax, what is subtracted from logits
-    total: Any  # R lanes: the sum of its weights
     sums: Any  # R V lanes: the sum of the weighted values
 
 
 class _Rest(NamedTuple):
-    """What the backward pass knows of each sub-cluster's attention over the keys that are left."""
+    """What the backward pass has besides operands."""
 
-    top_index: Int[Array, "rows lanes"]  # which keys are not
-    lse: Float[Array, "R lanes"]
-    d_mean: Float[Array, "R lanes V"]
-    d_shift: Float[Array, "R lanes"]  # what is subtracted from the gradients of the weights
+    found: _Found  # with the gradient of the mean in its place
+    d_shift: Any  # R lanes: what is subtracted from the gradients of weights
 
 
 class _Tile(NamedTuple):
@@ -427,8 +435,9 @@ class _Tile(NamedTuple):
         return jnp.where(_iota((SUBLANES, LANES)) < rest, logits, -jnp.inf)
 
 
-def _forward(topk: int, num_keys: int, operands, share, top_index, mean, lse, scratch) -> None:
-    rank, top_rank, words, shift, total, sums = scratch
+def _forward(topk: int, num_keys: int, operands, share, found, scratch) -> None:
+    top_index, mean, shift, total = found
+    rank, top_rank, words, sums = scratch
     phase, block = pl.program_id(1), pl.program_id(2)
     for_tiles = partial(_for_tiles, block, num_keys, operands.key.shape[0])
     for_all = partial(_for_all, operands.centroids.shape[1], for_tiles)
@@ -521,7 +530,6 @@ def _forward(topk: int, num_keys: int, operands, share, top_index, mean, lse, sc
     def finish_attending():
         for r in range(len(sums)):
             mean[r] = (sums[r] / total[r : r + 1]).T
-        lse[...] = shift[...] + jnp.log(total[...])
 
     phases = [(start_attending, attend, finish_attending)]
     if topk:
@@ -555,15 +563,15 @@ def _backward(num_keys, operands, rest, gradients, d_key, d_value, words) -> Non
 
     if operands.addend is not None:
         gradients.addend[...] = jnp.zeros_like(gradients.addend)
-    _find_taken(for_tiles, rest.top_index, words)
+    _find_taken(for_tiles, rest.found.top_index, words)
 
     @partial(_for_all, operands.centroids.shape[1], for_tiles)
     def _(r, tile):
         row, rows = pl.ds(r, 1), tile.rows
-        key, value, d_mean = tile.load(operands.key), tile.load(operands.value), rest.d_mean[r]
+        key, value, d_mean = tile.load(operands.key), tile.load(operands.value), rest.found.mean[r]
         logits = jnp.where(_taken(words[tile.number]), -jnp.inf, tile.logits(operands, r))
         logits = logits.reshape(TILE, LANES)
-        weights = jnp.exp(logits - rest.lse[row])
+        weights = jnp.exp(logits - rest.found.shift[row]) * (1 / rest.found.total[row])
         d_logits = weights * (_dot(value, d_mean, 1, 1) - rest.d_shift[row])
         if operands.addend is not None:
             d_logits = jnp.where(logits > MASKED, d_logits, 0)
