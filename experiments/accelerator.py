@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-import clustax
 from clustax import ClusteredAttention
 from clustax.implementations import choose
 from experiments.common.files import whole_file
 from experiments.common.timing import Times, take_turns
+from experiments.scaling import with_gradient
+from experiments.swap import shared
 
 QUEUED = 8  # calls in a row, so that the time to start one is hidden behind the one before
 EXACT = "exact"
@@ -111,8 +112,8 @@ def settings_of(settings: Settings) -> dict[str, ClusteredAttention]:
 
 def implementations() -> list[str]:
     """Those that can run here."""
-    choice = choose(("pallas", "xla"))
-    return ["xla"] if choice.refused else ["pallas", "xla"]
+    refused = choose(("pallas", "xla")).refused
+    return [name for name in ("pallas", "xla") if name not in refused]
 
 
 def rivals(settings: Settings) -> dict[str, Callable[..., jax.Array]]:
@@ -136,15 +137,6 @@ def rivals(settings: Settings) -> dict[str, Callable[..., jax.Array]]:
     if "pallas" in implementations():  # XLA's for the default only: compiling takes long
         ours = {name: ours[name] for name in [f"{x} (pallas)" for x in settled] + ["default (xla)"]}
     return exact | ours
-
-
-def with_gradient(attention: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The gradient of the output's sum of squares, which has a use for all of the output."""
-
-    def loss(*args):
-        return jnp.sum(attention(*args).astype(jnp.float32) ** 2)
-
-    return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def measure(settings: Settings, length: int, advance: Callable[[], None]) -> list[Row]:
@@ -274,14 +266,13 @@ def make_record(
     settings: Settings, rows: list[Row], checks: list[Check], parts: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """All that is needed to understand the figures or to get them again."""
-    options = asdict(settings)
-    del options["output"]
-    return {
-        "settings": options,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"clustax": clustax.__version__, "jax": jax.__version__},
-        "refused": dict(choose(("pallas", "xla")).refused),
-        "rows": [
+    return shared.describe(
+        settings,
+        (),
+        (),
+        (),
+        refused=dict(choose(("pallas", "xla")).refused),
+        rows=[
             {
                 "attention": row.attention,
                 "measured": row.measured,
@@ -292,9 +283,9 @@ def make_record(
             }
             for row in rows
         ],
-        "checks": [check._asdict() for check in checks],
-        "device_microseconds": parts,
-    }
+        checks=[check._asdict() for check in checks],
+        device_microseconds=parts,
+    )
 
 
 def run(settings: Settings, console: Console) -> None:

@@ -104,7 +104,11 @@ def compiled_rivals(settings: Settings) -> dict[str, Callable[..., jax.Array]]:
 
 def with_gradient(attention: Callable[..., jax.Array]) -> Callable[..., Any]:
     """The gradient of the output's sum of squares, which has a use for all of the output."""
-    return jax.grad(lambda *args: jnp.sum(attention(*args) ** 2), argnums=(0, 1, 2))
+
+    def loss(*args):
+        return jnp.sum(attention(*args).astype(jnp.float32) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def torch_exact(arrays: np.ndarray, gradient: bool) -> Callable[[], None] | None:
