@@ -31,7 +31,7 @@ def choose(
     The Pallas kernels are for TPUs and Hopper GPUs: for those of ``jax.default_backend()``, or for
     those that a program is compiled for ahead of time, under ``jax.sharding.use_abstract_mesh``
     with an abstract device. Elsewhere they are only interpreted, under
-    :data:`clustax.kernels.interpret`.
+    :data:`clustax.kernels.interpret`. Those for GPUs have to be asked for.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.
@@ -52,9 +52,8 @@ def choose(
     """
     refused = {}
     for name in names(implementation):
-        reason = _refusal(unfit) if name == "pallas" else None
-        if reason is None and implementation is None and name == "pallas":
-            reason = _not_by_default()
+        is_asked = implementation is not None
+        reason = _refusal(unfit, is_asked) if name == "pallas" else None
         if reason is None:
             return Choice(name, refused)
         refused[name] = reason
@@ -78,15 +77,11 @@ def names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     return wanted
 
 
-def _not_by_default() -> str | None:
-    """Why the Pallas kernels serve no call that does not ask for them, or None."""
-    if kernels.device() == "hopper":
-        return "its kernels for Hopper GPUs have to be asked for, until more of them is measured"
-    return None
-
-
-def _refusal(unfit: Callable[[], str | None]) -> str | None:
-    """Why the Pallas kernels cannot serve a call."""
-    if kernels.device() is None:
+def _refusal(unfit: Callable[[], str | None], is_asked: bool) -> str | None:
+    """Why the Pallas kernels do not serve a call, or None."""
+    device = kernels.device()
+    if device is None:
         return "its kernels are for TPUs, and from JAX 0.11 on for Hopper GPUs, not for this"
+    if device == "hopper" and not is_asked:
+        return "its kernels for Hopper GPUs have to be asked for, until more of them is measured"
     return unfit()
