@@ -9,17 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from clustax import implementations, kmeans, lsh, masks, reference, validation
+from clustax import implementations, kernels, kmeans, lsh, masks, reference, validation
 from clustax.heads import map_heads
 
 METRICS = ("hamming", "euclidean")
 _KMEANS = {"xla": kmeans, "reference": reference}
-
-
-def _kernels():
-    from clustax import kernels  # only now: Pallas takes longer to import than clustax
-
-    return kernels.of("kmeans")
 
 
 class Clusters(NamedTuple):
@@ -175,7 +169,10 @@ def cluster_queries(
         key_value_seq_lengths = validation.lengths(
             "key_value_seq_lengths", key_value_seq_lengths, query.shape[:-3]
         )
-    points = (query.shape[-3], query.shape[-1], jnp.promote_types(query.dtype, jnp.float32))
+    if metric == "hamming":
+        width, dtype = lsh.num_words(num_bits), jnp.dtype(jnp.uint32)
+    else:
+        width, dtype = query.shape[-1], jnp.promote_types(query.dtype, jnp.float32)
     settings = _checked_settings(
         query.shape[:-3],
         num_clusters=num_clusters,
@@ -184,9 +181,7 @@ def cluster_queries(
         initial_positions=initial_positions,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        of=points
-        if metric == "euclidean"
-        else (points[0], lsh.num_words(num_bits), jnp.dtype(jnp.uint32)),
+        of=(query.shape[-3], width, dtype),
     )
     planes_rng, settings["rng"] = jax.random.split(settings["rng"])
     if metric != "hamming" and planes is not None:
@@ -267,7 +262,7 @@ def _checked_settings(
     """Checks the settings of K-means, of points or codes of this length, width and dtype."""
 
     def unfit() -> str | None:
-        return _kernels().refusal(*of, num_clusters)
+        return kernels.of("kmeans").refusal(*of, num_clusters)
 
     validation.at_least("num_clusters", num_clusters, 1)
     validation.at_least("num_iterations", num_iterations, 1)
@@ -317,20 +312,20 @@ def _run_kmeans(
         settings: dict[str, Any] = {"num_iterations": num_iterations}
         if metric == "hamming":
             settings["num_bits"] = num_bits
+            numbers_per_query = lsh.WORD * width
         else:
             points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+            numbers_per_query = num_clusters
         if implementation == "pallas":  # all heads at once
             arrays = (x.reshape(-1, *x.shape[2:]) for x in (points, start, valid))
-            assignment, counts = getattr(_kernels(), metric)(*arrays, **settings)
+            assignment, counts = getattr(kernels.of("kmeans"), metric)(*arrays, **settings)
         else:
             assignment, counts = map_heads(
                 partial(getattr(_KMEANS[implementation], metric), **settings),
                 points,
                 start,
                 valid,
-                head_bytes=4
-                * length
-                * (num_clusters if metric == "euclidean" else lsh.WORD * width),
+                head_bytes=4 * length * numbers_per_query,
             )
     return Clusters(
         assignment.reshape(*batch, num_heads, length), counts.reshape(*batch, num_heads, -1)

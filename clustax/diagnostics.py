@@ -488,7 +488,7 @@ class _Head(NamedTuple):
 
     def top(self) -> Bool[Array, "C S"]:
         """Which keys are the top-k ones of each cluster, as ``clustax.attend`` chooses them."""
-        ranks = xla.rank_keys(self.logits(self.centroids), self.subclusters)
+        ranks = xla.rank_keys(self.logits(self.centroids), self.subclusters.share)
         return ~xla.select_topk(ranks, self.topk)[1]
 
     def clustered(self) -> Float[Array, "C S"]:

@@ -131,10 +131,10 @@ def attend_head(
     centroids = pool(queries, tiles, subclusters)  # C R H
     logits = attention_logits(centroids, keys, scale)  # C R S
     if topk == 0:
-        mean, _ = attend_subclusters(logits, keys.value, subclusters)
+        mean, _ = attend_subclusters(logits, keys.value, subclusters.share)
         return empty_tiles(of_cluster(mean, tiles), tiles)
 
-    ranks = lax.stop_gradient(rank_keys(logits, subclusters))  # C S
+    ranks = lax.stop_gradient(rank_keys(logits, subclusters.share))  # C S
     index, in_tail = select_topk(ranks, topk)  # C k, C S
     top_keys = jax.tree.map(lambda x: x[index], keys)  # C k …
     tile_keys = jax.tree.map(lambda x: x[tiles.cluster], top_keys)  # L k …
@@ -143,7 +143,7 @@ def attend_head(
         return empty_tiles(top.mean, tiles)
 
     logits = jnp.where(in_tail[:, None], logits, -jnp.inf)
-    tail_mean, tail_lse = attend_subclusters(logits, keys.value, subclusters)
+    tail_mean, tail_lse = attend_subclusters(logits, keys.value, subclusters.share)
     if merge == "mass":  # the split between top-k keys and tail is that of the centroid
         centroid_logits = attention_logits(centroids, top_keys, scale)  # C R k
         top_lse = of_subcluster(jax.nn.logsumexp(centroid_logits, axis=-1), tiles, subclusters)
@@ -279,23 +279,23 @@ def attend_keys(logits: Float[Array, "*L n S"], value: Float[Array, "*L S V"]) -
 
 
 def attend_subclusters(
-    logits: Float[Array, "C R S"], value: Float[Array, "S V"], subclusters: Subclusters
+    logits: Float[Array, "C R S"], value: Float[Array, "S V"], share: Float[Array, "C R"]
 ) -> tuple[Float[Array, "C V"], Float[Array, "C R"]]:
     """The mean over sub-clusters of their softmax over keys, times values; log-sum-exp of each."""
     if logits.shape[1] == 1:
         mean, lse = attend_keys(logits[:, 0], value)
         return mean, lse[:, None]
-    weights, lse = mean_softmax(logits, subclusters)
+    weights, lse = mean_softmax(logits, share)
     return weigh(weights, value), lse
 
 
 def mean_softmax(
-    logits: Float[Array, "C R S"], subclusters: Subclusters
+    logits: Float[Array, "C R S"], share: Float[Array, "C R"]
 ) -> tuple[Float[Array, "C S"], Float[Array, "C R"]]:
     """The mean over sub-clusters of their softmax over keys; log-sum-exp of each."""
     shift = lax.stop_gradient(jnp.max(logits, axis=-1))
     total = jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
-    factor = subclusters.share / total
+    factor = share / total
 
     def weights(r: int) -> Float[Array, "C S"]:
         return factor[:, r, None] * jnp.exp(logits[:, r] - shift[:, r, None])
@@ -315,11 +315,11 @@ def weigh(weights: Float[Array, "*L n S"], value: Float[Array, "*L S V"]) -> Flo
     )
 
 
-def rank_keys(logits: Float[Array, "C R S"], subclusters: Subclusters) -> Float[Array, "C S"]:
+def rank_keys(logits: Float[Array, "C R S"], share: Float[Array, "C R"]) -> Float[Array, "C S"]:
     """What the top-k keys of a cluster have most of: weight, or logits, which is the same order."""
     if logits.shape[1] == 1:
         return logits[:, 0]
-    return mean_softmax(logits, subclusters)[0]
+    return mean_softmax(logits, share)[0]
 
 
 def select_topk(
@@ -328,8 +328,13 @@ def select_topk(
     """The top-k keys of each cluster, ties going to the lowest index, and which keys are left."""
     index = lax.optimization_barrier(stable_topk(ranks, topk)[1])
     # From the indices: compared with the k-th rank, ranks that XLA computes twice may round apart.
-    rows = jnp.arange(len(ranks))[:, None]
-    return index, jnp.ones(ranks.shape, bool).at[rows, index].set(False)
+    return index, outside(index, ranks.shape[1])
+
+
+def outside(index: Int[Array, "C k"], num_keys: int) -> Bool[Array, "C S"]:
+    """Which keys are not among those of a cluster."""
+    rows = jnp.arange(len(index))[:, None]
+    return jnp.ones((len(index), num_keys), bool).at[rows, index].set(False)
 
 
 def stable_topk(x: Float[Array, "C S"], k: int) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:

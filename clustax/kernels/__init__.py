@@ -10,7 +10,6 @@ from types import ModuleType
 
 import jax
 
-DEVICES = ("tpu", "hopper")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 interpret = jax.make_user_context(default_value=None)
@@ -31,6 +30,9 @@ def device() -> str | None:
 
 
 def of(name: str) -> ModuleType:
-    """The module of this name with the kernels of this device."""
+    """The module of this name with the kernels of this device.
+
+    It is imported only here: Pallas takes longer to import than all of clustax.
+    """
     package = "clustax.kernels.hopper" if device() == "hopper" else "clustax.kernels"
     return importlib.import_module(f"{package}.{name}")

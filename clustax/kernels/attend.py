@@ -5,7 +5,6 @@ sums have one order.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clustax import kernels, xla
-from clustax.kernels import centroid_attention, grouped_attention, hopper
+from clustax.kernels import centroid_attention, grouped_attention
 
 
 def refusal(
@@ -38,6 +37,8 @@ def refusal(
         query.dtype,
     )
     if kernels.device() == "hopper":
+        from clustax.kernels import hopper  # only now: it is for GPUs
+
         return hopper.refusal(shape)
     reason = centroid_attention.refusal(shape) if topk < num_keys else None
     if topk > 0 and reason is None:
@@ -70,11 +71,7 @@ def attend(
     )
     query = _by_head(query)  # G T H
     keys = xla.Keys(_by_head(key), _by_head(value), bias, valid)  # those of J heads
-    options: dict[str, Any] = {
-        "scale": jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32)),
-    }
-    if kernels.device() == "tpu":
-        options["interpret"] = kernels.interpret.value is not None
+    scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
 
     size = grouped.tile_size(length, num_clusters, query.dtype)
     tile = partial(xla.tile_queries, size=size, multiple=grouped.STEP_TILES)
@@ -89,7 +86,7 @@ def attend(
     if topk == key.shape[1]:  # all tiles have the same keys
         index = jnp.broadcast_to(jnp.arange(topk), (len(query), 1, topk))
         cluster = jnp.zeros_like(tiles.cluster)
-        rows = grouped.grouped_attention(queries, cluster, *_top_keys(keys, index), **options)
+        rows = grouped.grouped_attention(queries, cluster, *_top_keys(keys, index), scale=scale)
         return in_place(rows)
 
     split = partial(xla.split_clusters, num_subclusters=num_subclusters)
@@ -97,7 +94,7 @@ def attend(
     centroids = jax.vmap(xla.pool)(queries, tiles, subclusters)  # G C R H
     share = subclusters.share if num_subclusters > 1 else None
     index, tail_mean, tail_lse = centroid.centroid_attention(
-        centroids, *keys, share, topk=topk, **options
+        centroids, *keys, share, topk=topk, scale=scale
     )
     if topk == 0:
         rows = jax.vmap(xla.of_cluster)(tail_mean, tiles)
@@ -110,10 +107,12 @@ def attend(
     top_lse = None  # each query has its own
     if merge == "mass":  # the split between top-k keys and tail is that of the centroid
         with jax.default_matmul_precision("highest"):
-            logits = xla.attention_logits(centroids, top_keys, options["scale"])  # G C R k
+            logits = xla.attention_logits(centroids, top_keys, scale)  # G C R k
         top_lse = of_slots(jax.nn.logsumexp(logits, axis=-1))
     tail = (tail_mean, of_slots(tail_lse), top_lse)
-    return in_place(grouped.grouped_attention(queries, tiles.cluster, *top_keys, *tail, **options))
+    return in_place(
+        grouped.grouped_attention(queries, tiles.cluster, *top_keys, *tail, scale=scale)
+    )
 
 
 def _by_head(x: Float[Array, "B T N D"]) -> Float[Array, "G T D"]:

@@ -28,17 +28,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from clustax import kernels
+from clustax.kernels.common import VMEM_BYTES, bfloat16_parts, dot, round_up
+from clustax.xla import MASKED
+
 LANES, SUBLANES, BITS = 128, 8, 32
 # The keys of a tile: a word of 32 bits for each sublane says which of them are top-k keys.
 TILE = BITS * SUBLANES
-# Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
-VMEM_BYTES = 12 * 2**20
 MAX_KEYS = 2048
 # A selection takes time in proportion to topk, and so do the words of a tile.
 MAX_TOPK = 512
 LOWEST = float(jnp.finfo(jnp.float32).min)
-# Stands for -inf in the logits of masked keys, as in clustax.xla.
-MASKED = 0.7 * LOWEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CentroidBlocks:
     def default(cls, num_keys: int, shape: "Shape"):
         """As many keys as fit on the chip, are there, and make the cost of a step small."""
         fit = (VMEM_BYTES - shape.fixed_bytes) // shape.bytes_per_key
-        most = max(TILE, min(fit, MAX_KEYS, _round_up(num_keys, TILE)))
+        most = max(TILE, min(fit, MAX_KEYS, round_up(num_keys, TILE)))
         return cls(most // TILE * TILE)
 
 
@@ -77,7 +77,7 @@ class Shape(NamedTuple):
 
     @property
     def _widths(self) -> tuple[int, int]:
-        return _round_up(self.head_dim, LANES), _round_up(self.value_dim, LANES)
+        return round_up(self.head_dim, LANES), round_up(self.value_dim, LANES)
 
     @property
     def bytes_per_key(self) -> int:
@@ -90,7 +90,7 @@ class Shape(NamedTuple):
         head_width, value_width = self._widths
         tiles = self.num_heads * -(-self.num_clusters // LANES)
         widths = (2 * tiles + 2) * head_width + 4 * value_width + 4 * SUBLANES
-        return 4 * LANES * (self.num_subclusters * widths + 4 * _round_up(self.topk, SUBLANES))
+        return 4 * LANES * (self.num_subclusters * widths + 4 * round_up(self.topk, SUBLANES))
 
 
 def refusal(shape: Shape) -> str | None:
@@ -126,7 +126,6 @@ def centroid_attention(
     topk: int,
     scale: float | Float[Array, ""],
     blocks: CentroidBlocks | None = None,
-    interpret: bool = False,
 ) -> CentroidAttention:
     r"""The top-k keys of each cluster, and the attention of its centroids over the other keys.
 
@@ -146,13 +145,13 @@ def centroid_attention(
       topk: k, less than S and at most 512.
       scale: factor s of the products.
       blocks: block sizes; chosen from the shapes if None.
-      interpret: whether to interpret the kernels, anywhere, rather than to compile them for a TPU.
 
     Returns:
       The top-k keys, the mean of the values of the others, and the log-sum-exp of their logits.
 
     >>> centroids, key = jnp.eye(2)[None, :, None], jnp.array([[[0, 9], [1, 0], [2, 0]]], float)
-    >>> out = centroid_attention(centroids, key, key, topk=1, scale=1.0, interpret=True)
+    >>> with kernels.interpret("tpu"):
+    ...     out = centroid_attention(centroids, key, key, topk=1, scale=1.0)
     >>> out.top_index.tolist()  # the last key for the first cluster, the first one for the second
     [[[2], [0]]]
     >>> out.tail_mean[0, 1].tolist()  # of the other two, which have the same logits there
@@ -188,15 +187,11 @@ def centroid_attention(
         None if share is None else tile(share),
         topk,
         blocks,
-        interpret,
+        kernels.interpret.value is not None,
     )
     top_index, mean, lse = map(untile, found)
     mean = mean[:, :, 0] if share is None else jnp.sum(share[..., None] * mean, axis=2)
     return CentroidAttention(top_index[..., :topk], mean, lse)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def _addend(
@@ -227,7 +222,7 @@ def _attend(
 def _attend_forward(centroids, key, value, addend, share, topk, blocks, interpret):
     num_tiles, num_subclusters = centroids.shape[:2]
     num_keys, value_dim = value.shape[1:]
-    rows = _round_up(max(topk, 1), SUBLANES)
+    rows = round_up(max(topk, 1), SUBLANES)
     operands = _Operands(_parts(centroids, key.dtype), key, value, addend)
     num_phases = 1 if topk == 0 else 2 if share is None else 3
     grid = _Grid(num_tiles, blocks, lambda tile, _, block: (tile, block))
@@ -318,8 +313,7 @@ def _parts(
     """Float32 as a sum of arrays of a dtype: bfloat16 takes two, to have 16 bits of mantissa."""
     if dtype == jnp.float32:
         return centroids[:, None]
-    high = lax.reduce_precision(centroids, 8, 7)  # XLA may drop a conversion there and back
-    return jnp.stack([high, centroids - high], axis=1).astype(dtype)
+    return jnp.stack(bfloat16_parts(centroids), axis=1)
 
 
 class _Operands(NamedTuple):
@@ -422,9 +416,9 @@ class _Tile(NamedTuple):
         """The logits of a sub-cluster; those of keys beyond the sequence are -inf."""
         key = self.load(operands.key)
         num_parts = operands.centroids.shape[0]
-        logits = _dot(key, operands.centroids[0, r], 1, 1)
+        logits = dot(key, operands.centroids[0, r], 1, 1)
         for part in range(1, num_parts):
-            logits += _dot(key, operands.centroids[part, r], 1, 1)
+            logits += dot(key, operands.centroids[part, r], 1, 1)
         if operands.addend is not None:
             column = jnp.broadcast_to(operands.addend[:, self.rows], (LANES, TILE)).T
             logits = jnp.maximum(logits + column, MASKED)
@@ -525,7 +519,7 @@ def _forward(topk: int, num_keys: int, operands, share, found, scratch) -> None:
             weights, shrink = add_weights(r, logits)
             value = tile.load(operands.value)
             weights = weights.reshape(TILE, LANES).astype(value.dtype)
-            sums[r] = shrink * sums[r] + _dot(value, weights, 0, 0)
+            sums[r] = shrink * sums[r] + dot(value, weights, 0, 0)
 
     def finish_attending():
         for r in range(len(sums)):
@@ -572,14 +566,14 @@ def _backward(num_keys, operands, rest, gradients, d_key, d_value, words) -> Non
         logits = jnp.where(_taken(words[tile.number]), -jnp.inf, tile.logits(operands, r))
         logits = logits.reshape(TILE, LANES)
         weights = jnp.exp(logits - rest.found.shift[row]) * (1 / rest.found.total[row])
-        d_logits = weights * (_dot(value, d_mean, 1, 1) - rest.d_shift[row])
+        d_logits = weights * (dot(value, d_mean, 1, 1) - rest.d_shift[row])
         if operands.addend is not None:
             d_logits = jnp.where(logits > MASKED, d_logits, 0)
             gradients.addend[:, rows] += jnp.sum(d_logits.T, axis=0, keepdims=True)
         d_logits = d_logits.astype(key.dtype)
-        d_value[rows] += _dot(weights.astype(value.dtype), d_mean, 1, 0)
-        d_key[rows] += _dot(d_logits, operands.centroids[0, r], 1, 0)
-        d_centroids[r] += _dot(d_logits, key, 0, 0)
+        d_value[rows] += dot(weights.astype(value.dtype), d_mean, 1, 0)
+        d_key[rows] += dot(d_logits, operands.centroids[0, r], 1, 0)
+        d_centroids[r] += dot(d_logits, key, 0, 0)
 
     @pl.when(tile_of_clusters == pl.num_programs(2) - 1)
     def _():
@@ -641,14 +635,3 @@ def _over_keys(reduce, x: Float[Array, "32 8 lanes"]) -> Float[Array, "1 lanes"]
 def _iota(shape: tuple[int, ...]) -> Int[Array, "..."]:
     """Positions along the first axis."""
     return lax.broadcasted_iota(jnp.int32, shape, 0)
-
-
-def _dot(x, y, x_axis: int, y_axis: int) -> Float[Array, "_ _"]:
-    """The product over an axis of each, accumulated in float32."""
-    return lax.dot_general(
-        x,
-        y,
-        (((x_axis,), (y_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )

@@ -19,13 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-# Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
-VMEM_BYTES = 12 * 2**20
-# Half of its scalar memory, which holds a number for each tile of all heads.
+from clustax import kernels
+from clustax.kernels.common import VMEM_BYTES, dot, masked_bias, round_up
+
+# Half of the scalar memory of a TPU, which holds a number for each tile of all heads.
 MAX_TILES = 2**17
 STEP_TILES = 4
-# Stands for -inf in the logits of masked keys, as in clustax.xla.
-MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +66,11 @@ def _bytes_per_tile(
     tile_size: int, topk: int, head_dim: int, value_dim: int, dtype: jnp.dtype
 ) -> int:
     """On-chip memory of a step of the backward pass, which needs the most."""
-
-    def padded(size, multiple):
-        return -(-size // multiple) * multiple
-
     itemsize = dtype.itemsize
-    rows, keys = padded(tile_size, 32 // itemsize), padded(topk, 32 // itemsize)
-    width = padded(head_dim, 128) + padded(value_dim, 128)
+    rows, keys = round_up(tile_size, 32 // itemsize), round_up(topk, 32 // itemsize)
+    width = round_up(head_dim, 128) + round_up(value_dim, 128)
     moved = 2 * rows * width * itemsize + keys * width * (itemsize + 4)  # what goes in or out
-    return 2 * moved + 8 * keys * padded(tile_size, 128) * 4  # moved while the last is worked on
+    return 2 * moved + 8 * keys * round_up(tile_size, 128) * 4  # moved while the last is worked on
 
 
 def refusal(
@@ -125,7 +120,6 @@ def grouped_attention(
     *,
     scale: float | Float[Array, ""],
     blocks: GroupedBlocks | None = None,
-    interpret: bool = False,
 ) -> Float[Array, "G L M V"]:
     """Attention of each query over the keys of its tile's cluster, merged with the tail.
 
@@ -142,7 +136,6 @@ def grouped_attention(
         their logits if None.
       scale: factor of the logits.
       blocks: what a step of the grid takes; chosen from the shapes if None.
-      interpret: whether to run without an accelerator.
 
     Returns:
       The outputs, in the dtype of ``query``.
@@ -155,14 +148,12 @@ def grouped_attention(
         raise ValueError(f"tiles must have at least 2 slots M, got {tile_size}; pad them.")
     if blocks is None:
         blocks = GroupedBlocks.default(query, value)
-    if valid is not None:  # keys that do not count hold zeros: their logits are what is added
-        bias = jnp.where(valid, 0.0 if bias is None else bias, MASKED)
 
     def as_rows(x):
         return None if x is None else x[:, :, None]
 
     slots = Slots(query, as_rows(tail_lse), as_rows(top_lse))
-    keys = Keys(key, value, as_rows(bias), as_rows(tail_mean))
+    keys = Keys(key, value, as_rows(masked_bias(bias, valid)), as_rows(tail_mean))
     scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
 
     # Where heads do not fill steps, they are cut into stretches, which are heads of the same keys.
@@ -175,6 +166,8 @@ def grouped_attention(
         return x.reshape(num_heads * stretches, -1, *x.shape[2:])
 
     slots, cluster = jax.tree.map(stretch, (slots, cluster))
+
+    interpret = kernels.interpret.value is not None
 
     def attend_heads(heads) -> Float[Array, "G_ L_ M V"]:
         return _attend(*heads, scale, blocks.tiles, interpret)
@@ -350,7 +343,7 @@ def _attend_tile(slots: Slots, keys: Keys, scale):
 def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
     """Gradients of what the slots have, of what the keys have, and, for each slot, of the scale."""
     products, weights, lse = _softmax(slots, keys, scale)
-    d_weights = _dot(keys.value, d_rows, 1, 1)  # k M
+    d_weights = dot(keys.value, d_rows, 1, 1)  # k M
     d_mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
     d_logits = weights * (d_weights - d_mean)
     d_tail_lse = d_top_lse = d_tail_mean = None
@@ -370,10 +363,10 @@ def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
     d_bias = None if keys.bias is None else jnp.sum(d_logits, axis=1, keepdims=True).T
     d_products = (scale * d_logits).astype(slots.query.dtype)
     return (
-        Slots(_dot(d_products, keys.key, 0, 0), d_tail_lse, d_top_lse),
+        Slots(dot(d_products, keys.key, 0, 0), d_tail_lse, d_top_lse),
         Keys(
-            _dot(d_products, slots.query, 1, 0),
-            _dot(weights.astype(d_rows.dtype), d_rows, 1, 0),
+            dot(d_products, slots.query, 1, 0),
+            dot(weights.astype(d_rows.dtype), d_rows, 1, 0),
             d_bias,
             d_tail_mean,
         ),
@@ -383,7 +376,7 @@ def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
 
 def _softmax(slots: Slots, keys: Keys, scale):
     """Products of keys and queries (k M), softmax over keys (k M), log-sum-exp (1 M)."""
-    products = _dot(keys.key, slots.query, 1, 1)
+    products = dot(keys.key, slots.query, 1, 1)
     logits = scale * products
     if keys.bias is not None:
         logits += keys.bias.T
@@ -400,15 +393,4 @@ def _mass(lse, top_lse, tail_lse):
 
 def _weigh(weights, value):
     """Sums of values (M V) by weights (k M)."""
-    return _dot(weights.astype(value.dtype), value, 0, 0)
-
-
-def _dot(x, y, x_axis: int, y_axis: int):
-    """The product over an axis of each, accumulated in at least float32."""
-    return lax.dot_general(
-        x,
-        y,
-        (((x_axis,), (y_axis,)), ((), ())),
-        precision=lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )
+    return dot(weights.astype(value.dtype), value, 0, 0)

@@ -22,9 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from clustax import kernels
+from clustax.kernels.common import VMEM_BYTES, round_up
 
-# Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
-VMEM_BYTES = 12 * 2**20
 LANES = 128
 PACKED = 16  # rows of bfloat16 in a register
 WORD = 32  # bits in a word of a code
@@ -59,7 +58,7 @@ class KmeansBlocks:
         most = min(8192, VMEM_BYTES // 2 // _bytes_per_query(width, itemsize))
         most = max(LANES, most // CHUNK * CHUNK)
         share = -(-length // -(-length // most))  # all blocks get about as many
-        queries = _padded(share, LANES if share <= LANES else CHUNK)
+        queries = round_up(share, LANES if share <= LANES else CHUNK)
         at_once = max(1, 2048 // queries)
         return cls(queries, max(n for n in range(1, at_once + 1) if num_heads % n == 0))
 
@@ -73,11 +72,11 @@ def refusal(length: int, width: int, dtype: jnp.dtype, num_clusters: int) -> str
     dim = WORD * width if is_code else width
     if length >= EXACT or (is_code and 2 * _power_of_two(num_clusters) * dim >= EXACT):
         return f"T={length} queries in C={num_clusters} clusters exceed what it can count"
-    rows = _padded(num_clusters, PACKED)
+    rows = round_up(num_clusters, PACKED)
     needed = (
         VMEM_BYTES // 2  # blocks
         + 4 * length  # distances
-        + _padded(rows, LANES) * dim * 4 * 6  # centroids, in their several forms
+        + round_up(rows, LANES) * dim * 4 * 6  # centroids, in their several forms
         + rows * CHUNK * 4 * 4  # scores
     )
     if needed > VMEM_BYTES:
@@ -220,7 +219,7 @@ def _lloyd(
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
     num_heads, width, length = points.shape
     num_clusters = start.shape[1]
-    columns = _padded(num_clusters, PACKED)
+    columns = round_up(num_clusters, PACKED)
     interpret = kernels.interpret.value is not None
     if blocks is None:
         blocks = KmeansBlocks.default(num_heads, length, width, points.dtype.itemsize)
@@ -267,7 +266,7 @@ def _lloyd(
                 centroids=pltpu.VMEM((heads, metric.dim, columns), jnp.float32),
                 sums=pltpu.VMEM((heads, metric.dim + PACKED, columns), jnp.float32),
                 distance=pltpu.VMEM(
-                    (heads, _padded(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
+                    (heads, round_up(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
                 ),
                 probes=pltpu.VMEM((metric.num_probes, columns, metric.dim), jnp.bfloat16),
                 offset=pltpu.VMEM((columns, LANES), jnp.float32),
@@ -462,11 +461,7 @@ def _iota(rows: int) -> Float[Array, "_ 1"]:
 
 def _bytes_per_query(width: int, itemsize: int) -> int:
     """On-chip memory of what comes and goes with a query, for two blocks at a time."""
-    return 2 * (_padded(width * itemsize, 32) + 2 * 32)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return 2 * (round_up(width * itemsize, 32) + 2 * 32)
 
 
 def _power_of_two(size: int) -> int:

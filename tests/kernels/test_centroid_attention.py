@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustax import xla
+from clustax import kernels, xla
 from clustax.kernels.centroid_attention import CentroidBlocks, Shape, centroid_attention, refusal
 from tests.helpers import double, largest_error
+
+
+@pytest.fixture(autouse=True)
+def tpu_kernels():
+    with kernels.interpret("tpu"):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +98,10 @@ def by_xla(centroids, key, value, scale, bias=None, valid=None, *, counts, topk)
         logits = xla.attention_logits(centroids[head], keys, scale)
         index = jnp.zeros((len(logits), 0), jnp.int32)
         if topk:
-            ranks = jax.lax.stop_gradient(xla.rank_keys(logits, subclusters))
+            ranks = jax.lax.stop_gradient(xla.rank_keys(logits, subclusters.share))
             index, in_tail = xla.select_topk(ranks, topk)
             logits = jnp.where(in_tail[:, None], logits, -jnp.inf)
-        outs.append((index, *xla.attend_subclusters(logits, keys.value, subclusters)))
+        outs.append((index, *xla.attend_subclusters(logits, keys.value, subclusters.share)))
     return jax.tree.map(lambda *x: jnp.stack(x), *outs)
 
 
@@ -118,7 +124,6 @@ def kernel_of(problem: Problem, counts):
         share=share if problem.R > 1 else None,
         topk=problem.topk,
         blocks=problem.keys and CentroidBlocks(problem.keys),
-        interpret=True,
     )
     return jax.jit(functools.partial(evaluate, kernel))
 
@@ -164,7 +169,6 @@ def test_each_key_in_turn_may_be_the_best():
         topk=20,
         scale=1.0,
         blocks=CentroidBlocks(256),
-        interpret=True,
     )
     np.testing.assert_array_equal(
         out.top_index, np.broadcast_to(np.arange(599, 579, -1), (1, 2, 20))

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustax import xla
+from clustax import kernels, xla
 from clustax.kernels.grouped_attention import GroupedBlocks, grouped_attention, refusal
 from tests.helpers import largest_error
+
+
+@pytest.fixture(autouse=True)
+def tpu_kernels():
+    with kernels.interpret("tpu"):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +120,7 @@ def evaluate(attention, given, cotangent):
 def test_outputs_and_gradients(problem):
     given = operands(problem)
     blocks = None if problem.tiles is None else GroupedBlocks(problem.tiles)
-    kernel = functools.partial(grouped_attention, blocks=blocks, interpret=True)
+    kernel = functools.partial(grouped_attention, blocks=blocks)
     shape = (*given["query"].shape[:3], problem.V)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), problem.dtype)
     out, gradients = evaluate(kernel, given, cotangent)
@@ -143,7 +149,7 @@ def test_heads_whose_tiles_are_too_many_come_in_turn(monkeypatch):
     results = []
     for most in (9, 5):
         monkeypatch.setattr("clustax.kernels.grouped_attention.MAX_TILES", most)
-        kernel = functools.partial(grouped_attention, blocks=GroupedBlocks(1), interpret=True)
+        kernel = functools.partial(grouped_attention, blocks=GroupedBlocks(1))
         results.append(evaluate(kernel, given, cotangent))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *results)
 

@@ -54,6 +54,15 @@ def test_euclidean_kmeans_is_that_of_xla():
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def test_centroids_may_start_at_padding():
+    points, start = normal(0, 2, 150, 7), START.at[1, 2].set(140)
+    actual = hopper_kmeans.euclidean(points, start, VALID, num_iterations=3)
+    expected = jax.vmap(lambda *args: kmeans.euclidean(*args, num_iterations=3))(
+        points, start, VALID
+    )
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 @pytest.mark.parametrize(
     ("num_subclusters", "topk", "has_addend"), [(1, 5, True), (1, 0, False), (2, 11, True)]
 )
@@ -81,9 +90,9 @@ def test_centroid_attention_is_that_of_xla(num_subclusters, topk, has_addend):
         logits = xla.attention_logits(centroids[head], keys, 1.0)
         index = jnp.zeros((num_clusters, 0), jnp.int32)
         if topk:
-            index, in_tail = xla.select_topk(xla.rank_keys(logits, subclusters), topk)
+            index, in_tail = xla.select_topk(xla.rank_keys(logits, subclusters.share), topk)
             logits = jnp.where(in_tail[:, None], logits, -jnp.inf)
-        return index, *xla.attend_subclusters(logits, keys.value, subclusters)
+        return index, *xla.attend_subclusters(logits, keys.value, subclusters.share)
 
     expected_index, expected_mean, expected_lse = map(
         jnp.stack, zip(*map(expected, range(num_heads)), strict=True)

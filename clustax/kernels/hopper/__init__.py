@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Bool, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from clustax import kernels
 from clustax.kernels.centroid_attention import Shape
+from clustax.kernels.common import round_up
 
 # JAX 0.10, for which there are no such kernels, has other signatures and no name for the second.
 _load: Any = plgpu.load
@@ -22,11 +23,7 @@ _InterpretParams: Any = getattr(plgpu, "InterpretGPUParams", None)
 
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
-# Stands for -inf in the logits of masked keys, as in ``clustax.xla``.
-MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-
 MAX_TOPK = 128  # lists of top-k keys are in registers
 SHARED_BYTES = 200 * 2**10  # of the 227 KiB that a block of threads may have
 
@@ -37,7 +34,7 @@ def refusal(shape: Shape) -> str | None:
         return f"its kernels for GPUs take bfloat16, not {shape.dtype.name}"
     if shape.topk > MAX_TOPK:
         return f"its kernels for GPUs select at most {MAX_TOPK} keys, not topk={shape.topk}"
-    head_dim, value_dim = (-(-x // WIDTH) * WIDTH for x in (shape.head_dim, shape.value_dim))
+    head_dim, value_dim = (round_up(x, WIDTH) for x in (shape.head_dim, shape.value_dim))
     # Centroids in two parts, two tiles of keys and values each, weights; or queries and top keys.
     centroids = (2 * shape.num_subclusters + 2) * head_dim + 2 * value_dim + 64
     groups = (1 + MAX_TOPK // HEIGHT) * (head_dim + 2 * value_dim)
@@ -88,24 +85,6 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpreted,
     )(*operands)
-
-
-def bfloat16_parts(x: Float[Array, "..."], number: int = 2) -> list[BFloat16[Array, "..."]]:
-    """Arrays whose sum is ``x`` but for rounding: each holds eight bits more of it."""
-    parts = []
-    for _ in range(number):
-        # XLA may leave out a conversion there and back, but not this.
-        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return parts
-
-
-def addend(
-    bias: Float[Array, "*n S"] | None, valid: Bool[Array, "*n S"] | None
-) -> Float[Array, "*n S"] | None:
-    """What is added to logits; those of keys that do not count become MASKED, but for rounding."""
-    return bias if valid is None else jnp.where(valid, 0.0 if bias is None else bias, MASKED)
 
 
 def pad(x: Shaped[Array, "..."], axis: int, multiple: int, value: Any = 0) -> Shaped[Array, "..."]:

@@ -13,7 +13,7 @@ A block of threads has 64 clusters and a stretch of keys, so there is no C x S a
 pass is XLA's, and has one for each head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped
 
+from clustax import xla
 from clustax.kernels import hopper
+from clustax.kernels.common import bfloat16_parts, masked_bias
 
 KEYS = 64  # at a time
 TILE = (hopper.HEIGHT, KEYS)
@@ -44,7 +46,7 @@ class CentroidAttention(NamedTuple):
 class Operands(NamedTuple):
     """What all sweeps read; dims, clusters and keys are padded."""
 
-    centroids: list[BFloat16[Array, "G R C H"]]  # parts of the scaled centroids
+    centroids: Sequence[BFloat16[Array, "G R C H"]]  # parts of the scaled centroids
     key: BFloat16[Array, "J S H"]
     value: BFloat16[Array, "J S V"] | None
     addend: Float[Array, "G|1 S"]  # to logits: bias, MASKED, or -inf for padding
@@ -106,8 +108,7 @@ def centroid_attention(
       topk: k, less than S.
       scale: factor of the logits.
     """
-    addend = hopper.addend(bias, valid)
-    return _attend(scale * centroids, key, value, addend, share, topk)
+    return _attend(scale * centroids, key, value, masked_bias(bias, valid), share, topk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -134,7 +135,7 @@ def _attend(
         return hopper.pad(jnp.swapaxes(x, 1, 2), 2, hopper.HEIGHT)
 
     operands = Operands(
-        hopper.bfloat16_parts(of_subclusters(centroids)),
+        bfloat16_parts(of_subclusters(centroids)),
         key,
         value,
         hopper.pad(addend, 1, block, -jnp.inf),
@@ -182,19 +183,16 @@ def _dense_tail(
     share: Float[Array, "G C R"] | None,
     index: Int[Array, "G C k"],
 ) -> tuple[Float[Array, "G C V"], Float[Array, "G C R"]]:
-    """Attention over keys that are not top in plain JAX, of which XLA makes the backward pass."""
+    """Attention over keys that are not top in plain JAX, for the backward pass."""
     group = len(centroids) // len(key)
+    share = jnp.ones(centroids.shape[:3]) if share is None else share
 
     def head(centroids, key, value, addend, share, index):
-        logits = jnp.einsum("crh,sh->crs", centroids, key.astype(jnp.float32))
-        if addend is not None:
-            logits = logits + addend
-        in_tail = jnp.ones(logits.shape[::2], bool).at[jnp.arange(len(index))[:, None], index]
-        logits = jnp.where(in_tail.set(False)[:, None], logits, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1)
-        weights = weights[:, 0] if share is None else jnp.einsum("cr,crs->cs", share, weights)
-        mean = jnp.einsum("cs,sv->cv", weights, value.astype(jnp.float32))
-        return mean, jax.nn.logsumexp(logits, axis=-1)
+        keys = xla.Keys(key.astype(jnp.float32), value.astype(jnp.float32), addend, None)
+        logits = xla.attention_logits(centroids, keys, 1.0)
+        in_tail = xla.outside(index, len(key))
+        logits = jnp.where(in_tail[:, None], logits, -jnp.inf)
+        return xla.attend_subclusters(logits, keys.value, share)
 
     heads = jax.tree.map(
         lambda x: x.reshape(len(key), group, *x.shape[1:]), (centroids, addend, share, index)

@@ -13,7 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
+from clustax import xla
 from clustax.kernels import hopper
+from clustax.kernels.common import masked_bias
 
 STEP_TILES = 1  # what the number of tiles has to be a multiple of
 
@@ -54,7 +56,7 @@ def grouped_attention(
     """
     scale = jnp.asarray(scale, jnp.float32)
     tail = (tail_mean, tail_lse, top_lse)
-    return _attend(query, key, value, hopper.addend(bias, valid), *tail, scale, cluster)
+    return _attend(query, key, value, masked_bias(bias, valid), *tail, scale, cluster)
 
 
 @jax.custom_vjp
@@ -163,20 +165,17 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _dense(cluster, query, key, value, addend, tail_mean, tail_lse, top_lse, scale):
-    """The same in plain JAX, of which XLA makes the backward pass."""
+    """The same in plain JAX, for the backward pass."""
     # A product with this, unlike indexing, has gradients that are summed in one order.
     indicator = jax.nn.one_hot(cluster, key.shape[1], dtype=jnp.float32)
 
     def of_tiles(x):  # G C … -> G L …
         return jnp.einsum("glc,gc...->gl...", indicator, x.astype(jnp.float32))
 
-    logits = scale * jnp.einsum("glmh,glkh->glmk", query.astype(jnp.float32), of_tiles(key))
-    if addend is not None:
-        logits = logits + of_tiles(addend)[:, :, None]
-    weights = jax.nn.softmax(logits, axis=-1)
-    rows = jnp.einsum("glmk,glkv->glmv", weights, of_tiles(value))
+    keys = jax.tree.map(of_tiles, xla.Keys(key, value, addend, None))
+    logits = xla.attention_logits(query.astype(jnp.float32), keys, scale)
+    rows, lse = xla.attend_keys(logits, keys.value)
     if tail_mean is not None:
-        lse = jax.nn.logsumexp(logits, axis=-1) if top_lse is None else top_lse
-        mass = jax.nn.sigmoid(lse - tail_lse)[..., None]
+        mass = jax.nn.sigmoid((lse if top_lse is None else top_lse) - tail_lse)[..., None]
         rows = mass * rows + (1 - mass) * of_tiles(tail_mean)[:, :, None]
     return rows.astype(query.dtype)

@@ -17,6 +17,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt32
 
 from clustax import kmeans
 from clustax.kernels import hopper
+from clustax.kernels.common import bfloat16_parts
 
 SLOTS = 2  # tiles of points in flight
 TILES = 16  # of a block
@@ -74,11 +75,10 @@ def euclidean(
         return sums / jnp.maximum(counts, 1)[..., None]
 
     def expand(centroids):  # the distance is |c|² - 2 x·c + |x|²
-        return hopper.bfloat16_parts(centroids), jnp.sum(centroids**2, axis=-1)
+        return bfloat16_parts(centroids), jnp.sum(centroids**2, axis=-1)
 
-    points = jnp.where(valid[..., None], points, 0)
     norms = jnp.sum(points**2, axis=-1)
-    parts = hopper.bfloat16_parts(points)
+    parts = bfloat16_parts(points)
     return _lloyd(points, parts, norms, start, valid, mean, expand, num_iterations)
 
 
