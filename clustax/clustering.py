@@ -224,7 +224,8 @@ def to_logit_space(
     query_weights = means(masks.valid_positions(lengths, length), num_key_heads, length)
     key_weights = means(True if valid_keys is None else valid_keys, num_key_heads, num_keys)
 
-    def key_head(query, key, query_weight, key_weight):  # G T H, S H, T, S
+    def key_head(query, key, query_weight, key_weight):  # G·T H, S H, T, S
+        query = query.reshape(num_heads // num_key_heads, length, head_dim)
         dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         centred = key - dot(key_weight, key)
         covariance = dot((key_weight[:, None] * centred).T, centred)  # H H
@@ -237,8 +238,9 @@ def to_logit_space(
 
     out = map_heads(
         key_head,
+        # As in xla.attend, without an axis for the heads of a group.
         jnp.swapaxes(query, 1, 2).reshape(
-            -1, num_key_heads, num_heads // num_key_heads, length, head_dim
+            -1, num_key_heads, num_heads // num_key_heads * length, head_dim
         ),
         jnp.swapaxes(key, 1, 2),
         query_weights,

@@ -25,7 +25,9 @@ def map_heads(
     head = jax.checkpoint(head)
 
     def in_turn(*args):
-        return lax.map(lambda each: head(*each), args, batch_size=at_once)
+        # A batch of one, which has an axis of its own, would take one more copy of all arguments.
+        batch_size = at_once if at_once > 1 else None
+        return lax.map(lambda each: head(*each), args, batch_size=batch_size)
 
     flat = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), args)
     result = lax.platform_dependent(*flat, cpu=in_turn, default=jax.vmap(head))

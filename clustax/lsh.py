@@ -89,16 +89,16 @@ def _hash(
     query: Float[Array, "*B T N H"], planes: Float[Array, "bits H+1"]
 ) -> UInt32[Array, "*B N T W"]:
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    normals, offsets = planes[:, :-1].astype(dtype), planes[:, -1:].astype(dtype)
+    normals, offsets = planes[:, :-1].astype(dtype), planes[:, -1].astype(dtype)
 
-    def head(query):  # T H
-        sides = lax.dot(normals, query.T.astype(dtype), precision=lax.Precision.HIGHEST)
-        return pack_bits(sides > offsets, axis=0).T  # T W
+    def code(query):  # H
+        sides = lax.dot(normals, query.astype(dtype), precision=lax.Precision.HIGHEST)
+        return pack_bits(sides > offsets, axis=0)  # W
 
+    # Queries are taken as they lie in memory: to bring their heads together would cost more.
     *batch, length, num_heads, head_dim = query.shape
-    heads = jnp.swapaxes(query.reshape(-1, length, num_heads, head_dim), 1, 2)
-    codes = map_heads(head, heads, head_bytes=8 * length * len(planes))
-    return codes.reshape(*batch, num_heads, length, -1)
+    codes = map_heads(code, query.reshape(-1, num_heads, head_dim), head_bytes=8 * len(planes))
+    return jnp.swapaxes(codes.reshape(*batch, length, num_heads, -1), -3, -2)
 
 
 def pack_bits(bits: Bool[Array, "..."], *, axis: int) -> UInt32[Array, "..."]:

@@ -93,11 +93,13 @@ def attend(
         def head(query, bias, valid, assignment, counts):
             return attend_head(query, Keys(key, value, bias, valid), assignment, counts, **options)
 
+        query = query.reshape(*assignment.shape, -1)  # G T H
         return jax.vmap(head)(query, bias, valid, assignment, counts)
 
     out = map_heads(
         attend_group,
-        grouped(jnp.swapaxes(query, 1, 2)),
+        # Without an axis for the heads of a group: where it is 1, XLA would copy queries twice.
+        jnp.swapaxes(query, 1, 2).reshape(batch, num_key_heads, -1, query.shape[-1]),
         jnp.swapaxes(key, 1, 2),
         jnp.swapaxes(value, 1, 2),
         *map(grouped, (bias, valid, assignment, counts)),
