@@ -2,17 +2,26 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax import implementations, masks, reference, validation, xla
-from clustax.clustering import Clusters, cluster_queries
+from clustax.clustering import METRICS, Clusters, cluster_queries
 
 MERGES = ("mass", "lse")
 SPACES = ("query", "logit")
+CHOICES = {"merge": MERGES, "metric": METRICS, "space": SPACES}
+LOWEST = {
+    "num_clusters": 1,
+    "topk": 0,
+    "num_subclusters": 1,
+    "num_bits": 1,
+    "num_iterations": 1,
+    "exact_below": 1,
+}
 
 
 def _attend_pallas(*args, **settings):
@@ -110,7 +119,7 @@ def attend(
     0.00
     """
     arrays = checked_arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
-    _check_settings(topk, merge, num_subclusters, scale)
+    check_settings(topk=topk, merge=merge, num_subclusters=num_subclusters, scale=scale)
     query, key, value = arrays[:3]
     clusters = Clusters(*validation.clusters(clusters, query))
     topk = min(topk, key.shape[-3])
@@ -155,14 +164,20 @@ def checked_arrays(
     )
 
 
-def _check_settings(
-    topk: int, merge: str, num_subclusters: int, scale: float | Array | None
+def check_settings(
+    *, scale: Any = None, exact_below: Any = None, implementation: Any = None, **others: Any
 ) -> None:
-    validation.at_least("topk", topk, 0)
-    validation.choice("merge", merge, MERGES)
-    validation.at_least("num_subclusters", num_subclusters, 1)
+    """Checks settings, under the names that they have in :func:`clustered_attention`."""
     if scale is not None:
         validation.scalar("scale", scale)
+    if exact_below is not None:
+        others["exact_below"] = exact_below
+    for name, value in others.items():
+        if name in CHOICES:
+            validation.choice(name, value, CHOICES[name])
+        else:
+            validation.at_least(name, value, LOWEST[name])
+    implementations.names(implementation)
 
 
 @partial(jax.jit, static_argnames=("topk", "merge", "num_subclusters", "implementation"))
@@ -267,6 +282,50 @@ def canonical_keys(
     return CanonicalKeys(key, value, of_heads(bias), of_heads(valid))
 
 
+def is_short(num_queries: int, exact_below: int | None) -> bool:
+    """Whether so few queries take exact attention."""
+    return exact_below is not None and num_queries < exact_below
+
+
+@jax.jit
+def attend_exactly(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "*#B #N 1 S"] | None,
+    mask: Bool[Array, "*#B #N 1 S"] | None,
+    query_seq_lengths: Int[Array, "*B"] | None,
+    key_value_seq_lengths: Int[Array, "*B"] | None,
+    scale: float | Float[Array, ""],
+) -> Float[Array, "*B T N V"]:
+    """Exact attention of checked arguments, by ``jax.nn.dot_product_attention``."""
+    num_heads, value_dim = query.shape[-2], value.shape[-1]
+    key, value, bias, valid = canonical_keys(
+        key, value, bias, mask, key_value_seq_lengths, num_heads
+    )
+    width = max(query.shape[-1], value_dim)
+    # On a CPU or a TPU jax.nn has no products of float16.
+    dtype = jnp.float32 if query.dtype == jnp.float16 else query.dtype
+
+    def widen(x):  # jax.nn has one dim for all three
+        return jnp.pad(x.astype(dtype), [(0, 0)] * 3 + [(0, width - x.shape[-1])])
+
+    def for_queries(x):
+        return None if x is None else x[:, :, None]
+
+    queries = masks.drop_queries(query, query_seq_lengths)
+    out = jax.nn.dot_product_attention(
+        widen(queries.reshape(-1, *query.shape[-3:])),
+        widen(key),
+        widen(value),
+        for_queries(xla.raise_bias(bias)),
+        for_queries(valid),
+        scale=cast(float, scale),  # a traced one serves as well
+    )
+    out = out[..., :value_dim].reshape(*query.shape[:-1], value_dim).astype(query.dtype)
+    return masks.drop_queries(out, query_seq_lengths)
+
+
 def _leave_out(clusters: Clusters, valid: Bool[Array, "*B T"]) -> Clusters:
     """Clusters without the queries that are not valid."""
     num_clusters = clusters.counts.shape[-1]
@@ -296,6 +355,7 @@ def clustered_attention(
     metric: str = "hamming",
     space: str = "query",
     rng: Array | None = None,
+    exact_below: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "*B T N V"]:
     r"""Approximates softmax attention in time and memory linear in T and S.
@@ -328,7 +388,10 @@ def clustered_attention(
       space: what distances between queries are: those between the queries (the paper's, "query"),
         or those between their logits ("logit"), which costs O((T + S) H²) more.
       rng: a key for hash planes and starting centroids; ``jax.random.key(0)`` if None.
-      implementation: see :func:`clustax.attend`.
+      exact_below: exact attention is computed instead, and no clusters, where T is below this:
+        short sequences take less time so. It is a switch by shape, at least 1, and looks at no
+        lengths. What is supported stays the same. Never if None.
+      implementation: see :func:`clustax.attend`. Exact attention has one only, whatever is named.
 
     Returns:
       The attended values, in the dtype of ``query``.
@@ -343,13 +406,29 @@ def clustered_attention(
     >>> out = jax.jit(clustered_attention)(query, key, value)
     >>> out.shape
     (2, 512, 4, 16)
+    >>> out = clustered_attention(query, key, value, exact_below=1024)
+    >>> bool(jnp.allclose(out, jax.nn.dot_product_attention(query, key, value), atol=1e-5))
+    True
     """
     validation.not_causal(is_causal)
-    validation.choice("space", space, SPACES)
-    _check_settings(topk, merge, num_subclusters, scale)
-    query, key, value, bias, mask, *_ = checked_arrays(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
+    check_settings(
+        num_clusters=num_clusters,
+        topk=topk,
+        merge=merge,
+        num_subclusters=num_subclusters,
+        scale=scale,
+        num_bits=num_bits,
+        num_iterations=num_iterations,
+        metric=metric,
+        space=space,
+        exact_below=exact_below,
+        implementation=implementation,
     )
+    rng = validation.rng_key("rng", rng)
+    arrays = checked_arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
+    query, key, value, bias, mask, *_ = arrays
+    if is_short(query.shape[-3], exact_below):
+        return attend_exactly(*arrays, query.shape[-1] ** -0.5 if scale is None else scale)
     about_keys: dict[str, Any] = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
     clusters = cluster_queries(
         query,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from clustax import implementations, validation
-from clustax.attention import MERGES, SPACES, attend, clustered_attention
-from clustax.clustering import METRICS, Clusters, cluster_queries
+from clustax import validation
+from clustax.attention import attend, check_settings, clustered_attention, is_short
+from clustax.clustering import Clusters, cluster_queries
 
 ATTENDING = ("topk", "merge", "num_subclusters", "scale")
 CLUSTERING = ("num_clusters", "num_bits", "num_iterations", "metric", "implementation")
@@ -34,8 +34,8 @@ class ClusteredAttention:
 
     Attributes:
       num_clusters, topk, merge, num_subclusters, scale, num_bits, num_iterations, metric, space,
-      implementation: as in :func:`clustax.clustered_attention`; a sequence of implementations is a
-        tuple.
+      exact_below, implementation: as in :func:`clustax.clustered_attention`; a sequence of
+        implementations is a tuple.
       seed: what hash planes and starting centroids are drawn from, the same ones at every call.
 
     Raises:
@@ -66,6 +66,7 @@ class ClusteredAttention:
     metric: str = "euclidean"
     space: str = "logit"
     seed: int = 0
+    exact_below: int | None = None
     implementation: str | tuple[str, ...] | None = None
 
     @classmethod
@@ -88,12 +89,9 @@ class ClusteredAttention:
         return cls(**paper | settings)
 
     def __post_init__(self):
-        for name in ("num_clusters", "num_subclusters", "num_bits", "num_iterations"):
-            validation.at_least(name, getattr(self, name), 1)
-        validation.at_least("topk", self.topk, 0)
-        for name, choices in {"merge": MERGES, "metric": METRICS, "space": SPACES}.items():
-            validation.choice(name, getattr(self, name), choices)
-        implementations.names(self.implementation)
+        settings = dataclasses.asdict(self)
+        del settings["seed"]
+        check_settings(**settings)
 
     def cluster(
         self,
@@ -104,7 +102,10 @@ class ClusteredAttention:
         query_seq_lengths: Int[Array, "*B"] | None = None,
         key_value_seq_lengths: Int[Array, "*B"] | None = None,
     ) -> Clusters:
-        """Finds the clusters that a call with these arguments uses; see :meth:`__call__`."""
+        """Finds the clusters that a call with these arguments uses; see :meth:`__call__`.
+
+        It finds them below ``exact_below``, too, where the call makes no use of any.
+        """
         query, key = promoted(None, query, key)
         about_keys: dict[str, Any] = {
             "key": key,
@@ -147,7 +148,8 @@ class ClusteredAttention:
         Args:
           query, key, value, bias, query_seq_lengths, key_value_seq_lengths: as there.
           mask: as there, or the same in another dtype, as Flax makes masks.
-          clusters: the clusters of the queries; they are found if None.
+          clusters: the clusters of the queries; they are found if None. Below ``exact_below`` they
+            are not looked at.
           is_causal: must be False, unless there is one query, as in decoding: its mask says what it
             sees.
           dtype: what query, key, and value are converted to first; their common dtype if None.
@@ -184,9 +186,14 @@ class ClusteredAttention:
         }
         attending = {name: getattr(self, name) for name in ATTENDING}
         with matmul_precision(precision):
-            if clusters is None:
+            if clusters is None or is_short(query.shape[-3], self.exact_below):
                 return clustered_attention(
-                    *arguments, **self._clustering(), **attending, **lengths, space=self.space
+                    *arguments,
+                    space=self.space,
+                    exact_below=self.exact_below,
+                    **self._clustering(),
+                    **attending,
+                    **lengths,
                 )
             clusters = of_heads(clusters, query.shape[-2])
             return attend(

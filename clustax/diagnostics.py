@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax import baselines, masks, validation, xla
-from clustax.attention import canonical, checked_arrays
+from clustax.attention import canonical, checked_arrays, is_short
 from clustax.attention_fn import ClusteredAttention, as_bool, of_heads
 from clustax.clustering import Clusters, to_logit_space
 from clustax.heads import map_heads
@@ -678,7 +678,7 @@ def operations(
     :func:`clustax.clustered_attention`:
 
     ======================  ====================================================
-    exact                   T·S·(H + V); also where T <= C
+    exact                   T·S·(H + V); also where T <= C, or below ``exact_below``
     ``space="logit"``       (T + S)·H², for the covariance of keys and its factor
     ``metric="hamming"``    T·B·H for hashing, L·T·C·W + (L - 1)·T·B for K-means
     ``metric="euclidean"``  L·T·C·H + (L - 1)·T·H for K-means
@@ -701,7 +701,11 @@ def operations(
     6.8
     """
     both_dims = head_dim + value_dim
-    if attention is None or num_queries <= attention.num_clusters:
+    if (
+        attention is None
+        or num_queries <= attention.num_clusters
+        or is_short(num_queries, attention.exact_below)
+    ):
         return num_queries * num_keys * both_dims
     clusters, updates = attention.num_clusters, attention.num_iterations - 1
     if attention.metric == "hamming":
@@ -839,6 +843,9 @@ def recommend(
 
 class LayerFigures(NamedTuple):
     """The figures of one call of attention in a model.
+
+    Where the call is below ``exact_below`` there is no error but that of rounding, and the other
+    figures are of the clusters that would be used above.
 
     Attributes:
       error: see :func:`approximation_error`.

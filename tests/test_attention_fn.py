@@ -122,6 +122,7 @@ def test_one_query_may_be_causal():
         {"metric": "cosine"},
         {"space": "key"},
         {"implementation": "cuda"},
+        {"exact_below": 0},
     ],
 )
 def test_wrong_settings_are_refused(setting):

@@ -314,6 +314,9 @@ def test_operations():
     """By hand, at T = 10, S = 20, H = 3 and V = 5."""
     count = partial(operations, num_queries=10, num_keys=20, head_dim=3, value_dim=5)
     assert count(None) == count(ClusteredAttention(num_clusters=10)) == 10 * 20 * 8
+    short = [ClusteredAttention(num_clusters=4, exact_below=length) for length in (10, 11)]
+    assert count(short[0]) == count(ClusteredAttention(num_clusters=4)) != count(short[1])
+    assert count(short[1]) == count(None)
     paper = ClusteredAttention.paper(num_clusters=4, topk=0, num_bits=33, num_iterations=3)
     plain = 10 * 33 * 3 + 3 * 10 * 4 * 2 + 2 * 10 * 33 + 10 * 3 + 4 * 20 * 8
     assert count(paper) == plain

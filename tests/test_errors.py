@@ -44,6 +44,7 @@ CALLS = {  # calls without a mistake
     "cluster_queries_by_key": QUERY_KEY | {"num_clusters": C},
     "attend": QUERY_KEY_VALUE | {"clusters": Clusters(ints(B, N, T), ints(B, N, C))},
     "clustered_attention": QUERY_KEY_VALUE | {"num_clusters": C},
+    "clustered_attention_exact": QUERY_KEY_VALUE | {"num_clusters": C, "exact_below": T + 1},
 }
 
 OF_QUERY = [
@@ -116,6 +117,11 @@ OF_IMPLEMENTATION = [
     ({"implementation": "cuda"}, "implementation None, 'xla', 'pallas', 'reference', got 'cuda'"),
     ({"implementation": ("xla", "c")}, "implementation 'xla', 'pallas', got ('xla', 'c')"),
     ({"implementation": ()}, "implementation must be 'xla', 'pallas', 'reference', got ()"),
+]
+OF_LENGTH = [
+    ({"exact_below": 0}, "exact_below must be at least 1, got 0"),
+    ({"exact_below": 64.0}, "exact_below must be a Python int, got 64.0"),
+    ({"exact_below": ints()}, "exact_below must be a Python int, got static"),
 ]
 OF_PLANES = [
     ({"planes": floats(40, H)}, "planes must have shape (bits, H + 1) (40, 9), got (40, 8)"),
@@ -211,9 +217,11 @@ MISTAKES = {
         *OF_CLUSTERING,
         *OF_METRIC,
         *OF_IMPLEMENTATION,
+        *OF_LENGTH,
         ({"space": "key"}, "space must be one of 'query', 'logit', got 'key'"),
     ],
 }
+MISTAKES["clustered_attention_exact"] = MISTAKES["clustered_attention"]
 ROWS = [
     pytest.param(name, changes, message, id=f"{name}-{message}")
     for name, mistakes in MISTAKES.items()
@@ -234,7 +242,7 @@ def call(name, arguments):
         return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
     arguments = jax.tree.map(array, arguments, is_leaf=lambda x: x is None)
-    return getattr(clustax, name.removesuffix("_by_key"))(**arguments)
+    return getattr(clustax, name.removesuffix("_by_key").removesuffix("_exact"))(**arguments)
 
 
 @pytest.fixture
@@ -246,6 +254,7 @@ def nothing_compiled(monkeypatch):
 
     for module, name in [
         (attention, "_attend"),
+        (attention, "attend_exactly"),
         (clustering, "_run_kmeans"),
         (clustering, "to_logit_space"),
         (lsh, "_hash"),
@@ -330,7 +339,11 @@ def test_causal_attention_is_refused_with_the_reason(nothing_compiled):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(row for row in OF_CLUSTERING + OF_METRIC + OF_IMPLEMENTATION if "rng" not in row[0]),
+        *(
+            row
+            for row in OF_CLUSTERING + OF_METRIC + OF_IMPLEMENTATION + OF_LENGTH
+            if "rng" not in row[0]
+        ),
         *(row for row in OF_ATTENTION if row[0].keys() & {"topk", "merge"}),
         ({"space": "key"}, "space must be one of 'query', 'logit', got 'key'"),
     ],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax import masks, validation, xla
-from clustax.attention import canonical_keys, checked_arrays
+from clustax.attention import attend_exactly, canonical_keys, checked_arrays
 from clustax.heads import map_heads
 from clustax.xla import MASKED, Keys
 
@@ -57,35 +57,7 @@ def exact(
     True
     """
     arrays = checked_arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
-    return _exact(arrays, checked_scale(scale, arrays[0]))
-
-
-@jax.jit
-def _exact(arrays: tuple[Any, ...], scale: float | Float[Array, ""]) -> Float[Array, "*B T N V"]:
-    query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths = arrays
-    num_heads, value_dim = query.shape[-2], value.shape[-1]
-    key, value, bias, valid = canonical_keys(
-        key, value, bias, mask, key_value_seq_lengths, num_heads
-    )
-    width = max(query.shape[-1], value_dim)  # jax.nn has one dim for all three
-
-    def widen(x):
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
-
-    def for_queries(x):
-        return None if x is None else x[:, :, None]
-
-    queries = masks.drop_queries(query, query_seq_lengths)
-    out = jax.nn.dot_product_attention(
-        widen(queries.reshape(-1, *query.shape[-3:])),
-        widen(key),
-        widen(value),
-        for_queries(xla.raise_bias(bias)),
-        for_queries(valid),
-        scale=cast(float, scale),  # a traced one serves as well
-    )
-    out = out[..., :value_dim].reshape(*query.shape[:-1], value_dim)
-    return masks.drop_queries(out, query_seq_lengths)
+    return attend_exactly(*arrays, checked_scale(scale, arrays[0]))
 
 
 def oracle_topk(
