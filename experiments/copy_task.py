@@ -130,14 +130,15 @@ class Settings:
             )
 
 
-# Lengths, clusters, top k, buckets and chunks are the paper's over four; its longest is left out.
+# Lengths, clusters, buckets and chunks are the paper's over four, without its longest. As there, k is
+# about the number of queries in a cluster where these are largest.
 CPU = Settings(
     lengths=(16, 32, 64),
     clusters=(4, 8, 15, 25),
     model=Model(layers=1, heads=2, norm_first=True, dropout_rate=0.0, learned_positions=True),
-    attentions=Attentions(topk=8, num_buckets=16, chunk_size=8),
+    attentions=Attentions(topk=16, num_buckets=16, chunk_size=8),
     optimisation=Optimisation(
-        steps=600,
+        steps=900,
         batch_size=16,
         learning_rate=1e-2,
         warmup_steps=50,
