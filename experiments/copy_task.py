@@ -130,8 +130,8 @@ class Settings:
             )
 
 
-# Lengths, clusters, buckets and chunks are the paper's over four, without its longest. As there, k is
-# about the number of queries in a cluster where these are largest.
+# Lengths, clusters, buckets and chunks are the paper's over four, without its longest. As there, k
+# is about the number of queries in a cluster where these are largest.
 CPU = Settings(
     lengths=(16, 32, 64),
     clusters=(4, 8, 15, 25),
