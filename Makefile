@@ -5,7 +5,7 @@
 #   make check    format, lint, types, and make test
 #   make scaling  time and memory against exact attention
 #   make pareto   error against time, for many settings
-#   make copy     train models on the paper's copy task, about half an hour on 2 cores
+#   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)

@@ -64,6 +64,9 @@ class Model:
     """Whether norms come before the parts of a layer instead of after them: trains sooner."""
     dropout_rate: float = 0.1
     """Dropout in training."""
+    learned_positions: bool = False
+    """Whether the encodings of positions are learned: from sinusoids, lsh hardly finds that places
+    half a sequence apart are to be alike, as its queries are its keys."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,15 @@ class Settings:
             )
 
 
+# Lengths, clusters, buckets and chunks are the paper's over four, without its longest. As there, k
+# is about the number of queries in a cluster where these are largest.
 CPU = Settings(
-    lengths=(32, 64, 128),
-    model=Model(layers=1, heads=2, norm_first=True, dropout_rate=0.0),
+    lengths=(16, 32, 64),
+    clusters=(4, 8, 15, 25),
+    model=Model(layers=1, heads=2, norm_first=True, dropout_rate=0.0, learned_positions=True),
+    attentions=Attentions(topk=16, num_buckets=16, chunk_size=8),
     optimisation=Optimisation(
-        steps=600,
+        steps=900,
         batch_size=16,
         learning_rate=1e-2,
         warmup_steps=50,
@@ -239,7 +246,13 @@ class CopyModel(nnx.Module):
         """
         d_model = size.heads * size.head_dim
         self.symbols = nnx.Embed(SYMBOLS + 2, d_model, rngs=rngs)
-        self.positions = nnx.Variable(sinusoids(length, d_model))
+        waves = sinusoids(length, d_model)
+        # Random ones start with the mean square of the waves.
+        self.positions = (
+            nnx.Param(jax.random.normal(rngs.params(), waves.shape) * 0.5**0.5)
+            if size.learned_positions
+            else nnx.Variable(waves)
+        )
         self.encoder = Encoder(
             size.layers,
             d_model,

@@ -11,6 +11,7 @@ for package in ("matplotlib", "optax", "orbax.checkpoint", "rich", "tensorboardX
 
 import jax
 import numpy as np
+from flax import nnx
 from rich.console import Console
 
 from experiments import copy_task
@@ -53,6 +54,15 @@ def test_batches_differ_but_for_the_same_one():
     asked = [(cell, 0, 0), (cell, 0, 1), (cell, 1, 0), (cell._replace(seed=1), 0, 0)]
     assert len({drawn(*args) for args in asked}) == 4
     assert drawn(cell, 0, 1) == drawn(cell, 0, 1)
+
+
+def test_positions_are_learned_where_asked():
+    def trained(learned):
+        model = dataclasses.replace(TINY.model, learned_positions=learned)
+        model = copy_task.build(dataclasses.replace(TINY, model=model), Cell("full", None, 8, 0))
+        return {path[0] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+    assert trained(True) - trained(False) == {"positions"}
 
 
 def test_accuracy_and_loss_are_those_of_masked_positions():
