@@ -3,7 +3,7 @@
 #   make speech   the same on a speech recogniser, and real speech
 #   make test     tests and the examples in the documentation
 #   make check    format, lint, types, and make test
-#   make scaling  time and memory against exact attention and other rivals, about half an hour
+#   make scaling  time and memory against exact attention and other rivals
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
 # Results go to results/. Those in the README are kept in experiments/results:

@@ -89,6 +89,8 @@ class Settings:
 
     measures: Literal["attention", "layer"] = "attention"
     """The attention alone, or a layer of the paper's encoder around it."""
+    attentions: tuple[str, ...] = RIVALS
+    """What is measured, of what there is."""
     passes: tuple[Pass, ...] = PASSES
     """Whether gradients are computed, of queries, keys and values, or of the layer."""
     lengths: tuple[int, ...] = tuple(2**power for power in range(9, 18))
@@ -131,10 +133,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        for name in ("passes", "lengths", "memory_lengths"):
+        for name in ("attentions", "passes", "lengths", "memory_lengths"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must be different ones, got {values}.")
+        if unknown := set(self.attentions) - set(RIVALS):
+            raise ValueError(f"attentions must be of {RIVALS}, got {sorted(unknown)}.")
         if not self.passes or not self.lengths or min(*self.lengths, *self.memory_lengths, 1) < 1:
             raise ValueError(f"lengths must be numbers of at least 1, got {self.lengths}.")
         if self.rounds < 2:
@@ -147,7 +151,7 @@ class Settings:
 
 LINEAR_ONLY = Longest(0, 0, 0, 0, 2**20)
 PRESETS = {
-    "cpu": ("All rivals, on two cores of a CPU: about half an hour.", Settings()),
+    "cpu": ("All rivals, at lengths for two cores of a CPU.", Settings()),
     "paper": (
         "A layer of the paper's encoder, forward and backward, at the paper's lengths.",
         Settings(
@@ -211,7 +215,9 @@ def rivals(settings: Settings, measured: str, length: int) -> list[str]:
     return [
         name
         for name in RIVALS
-        if length <= limits.of(name) and (name != TORCH_EXACT or has_torch(settings))
+        if name in settings.attentions
+        and length <= limits.of(name)
+        and (name != TORCH_EXACT or has_torch(settings))
     ]
 
 
@@ -616,7 +622,7 @@ def make_record(settings: Settings, results: Results) -> dict[str, Any]:
 def run(settings: Settings, console: Console) -> None:
     """Measures, prints the tables, writes the results."""
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    if not has_torch(settings):
+    if TORCH_EXACT in settings.attentions and not has_torch(settings):
         console.print("PyTorch is left out: it is not installed (extra bench), or this is no CPU.")
     journal = shared.open_journal(settings.output, describe(settings), console)
     results = Results(measure(settings, journal, console), settings.batch)

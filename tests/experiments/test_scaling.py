@@ -134,6 +134,15 @@ def test_acceptance_has_what_was_asked_and_what_was_reached():
     assert (memory.asked, memory.reached, memory.is_met) == ("≤ 24.0", 20.0, True)
 
 
+@pytest.mark.parametrize("name", scaling.attentions(SMALL))
+def test_every_rival_runs(name):
+    arrays = scaling.make_arrays(SMALL, 16)
+    rival = scaling.prepare(SMALL, name, FORWARD, arrays)
+    rival.run()
+    assert rival.compiled_bytes is not None
+    assert rival.compiled_bytes > 0
+
+
 def test_rivals_are_left_out_beyond_their_longest():
     torch = [scaling.TORCH_EXACT] if scaling.has_torch(SMALL) else []
     assert scaling.rivals(SMALL, FORWARD, 32) == [
@@ -154,7 +163,11 @@ def test_rivals_are_left_out_beyond_their_longest():
 def test_a_small_run_writes_every_figure(tmp_path, measures, monkeypatch):
     monkeypatch.setattr(scaling, "peak_memory", lambda *args: 1000 * args[-1])
     settings = dataclasses.replace(
-        SMALL, measures=measures, memory_lengths=(32,), output=tmp_path / "scaling"
+        SMALL,
+        measures=measures,
+        attentions=(*scaling.EXACT, scaling.LSH_1, scaling.IMPROVED),
+        memory_lengths=(32,),
+        output=tmp_path / "scaling",
     )
     console = Console(record=True, width=200)
     scaling.run(settings, console)
@@ -178,7 +191,12 @@ def test_a_small_run_writes_every_figure(tmp_path, measures, monkeypatch):
 
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     settings = dataclasses.replace(
-        SMALL, lengths=(16,), passes=(FORWARD,), memory_lengths=(16,), output=tmp_path / "scaling"
+        SMALL,
+        attentions=(scaling.JAX_EXACT,),
+        lengths=(16,),
+        passes=(FORWARD,),
+        memory_lengths=(16,),
+        output=tmp_path / "scaling",
     )
 
     def kill(*_):
@@ -233,5 +251,7 @@ def test_settings_are_checked():
         Settings(rounds=1)
     with pytest.raises(ValueError, match="lengths"):
         Settings(lengths=())
+    with pytest.raises(ValueError, match=r"attentions must be of .* got \['other'\]"):
+        Settings(attentions=("improved", "other"))
     with pytest.raises(ValueError, match="lengths must be different"):
         Settings(lengths=(16, 16))
