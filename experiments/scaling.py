@@ -519,7 +519,7 @@ def time_table(results: Results, measured: str) -> Table:
     names = results.attentions(measured)
     table = Table(title=f"Milliseconds, {measured}")
     for column in ("T", *names, "improved\nis faster"):
-        table.add_column(column.replace(" (", "\n("), justify="right")
+        table.add_column(column.replace(" (", "\n("), justify="right", overflow="fold")
     for length in sorted({n for _, which, n in results.rows if which == measured}):
         cells = []
         for name in names:
@@ -539,7 +539,7 @@ def memory_table(results: Results, measured: str) -> Table:
     names = results.attentions(measured)
     table = Table(title=f"Peak memory, kB for each position, {measured}")
     for column in ("T", *names):
-        table.add_column(column.replace(" (", "\n("), justify="right")
+        table.add_column(column.replace(" (", "\n("), justify="right", overflow="fold")
     for length in sorted({n for _, which, n in results.rows if which == measured}):
         taken = [results.position_bytes(measured, length, name) for name in names]
         if any(taken):

@@ -3,12 +3,15 @@
 import ctypes
 import multiprocessing
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 PROC = Path("/proc/self")
+SECONDS_TO_FREE = 1.0
+"""In which XLA's threads give back what a run has used; its results are there before."""
 
 
 def peak_memory(prepare: Callable[..., Callable[[], None]], *args: Any) -> int | None:
@@ -32,6 +35,7 @@ def peak_memory(prepare: Callable[..., Callable[[], None]], *args: Any) -> int |
 def _measure(prepare: Callable[..., Callable[[], None]], args: tuple[Any, ...]) -> int:
     run = prepare(*args)
     run()  # What is allocated once, like the stacks of threads, does not count either.
+    time.sleep(SECONDS_TO_FREE)
     ctypes.CDLL(None).malloc_trim(0)  # Or the run would take what was freed and is still held.
     (PROC / "clear_refs").write_text("5")  # The largest size so far is forgotten.
     before = _status("VmRSS")
