@@ -575,7 +575,9 @@ def draw(settings: Settings, results: Results) -> Figure:
             axes.set_xticks(settings.lengths, [str(n) for n in settings.lengths], fontsize=8)
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-        time.legend(fontsize=8)
+    lines = {line.get_label(): line for axes in grid[:, 0] for line in axes.get_lines()}
+    named = [lines[name] for name in RIVALS if name in lines]
+    figure.legend(handles=named, loc="outside right upper")
     return figure
 
 

@@ -139,9 +139,9 @@ def scaling(record: Mapping[str, Any]) -> str:
         parts.append("What was asked for, and what was reached:")
         parts.append(markdown_table(("", "T", "asked", "reached", "met"), asked))
     parts.append(
-        f"Medians of up to {settings['rounds']} runs that take turns, fewer where a run takes "
-        f"long; {settings['batch']} × {settings['heads']} heads × {settings['head_dim']}, "
-        f"{settings['dtype']}, C = {settings['clusters']}, k = {settings['topk']}, "
+        f"Of the {settings['measures']}: medians of up to {settings['rounds']} runs that take "
+        f"turns, fewer where a run takes long; {settings['batch']} × {settings['heads']} heads × "
+        f"{settings['head_dim']}, {settings['dtype']}, C = {settings['clusters']}, k = {settings['topk']}, "
         f"{settings['num_bits']} bits, {settings['num_iterations']} iterations; on "
         f"{record['device']}, jax {record['versions']['jax']}"
         + (f", torch {record['versions']['torch']}" if "torch" in record["versions"] else "")

@@ -17,7 +17,7 @@ SCALING = {
         ("rounds", "batch", "heads", "head_dim", "clusters", "topk", "num_bits", "num_iterations"),
         2,
     )
-    | {"passes": ["forward"], "dtype": "float32"},
+    | {"measures": "attention", "passes": ["forward"], "dtype": "float32"},
     "device": "cpu",
     "versions": {"jax": "1"},
     "rows": [
@@ -45,13 +45,13 @@ SCALING = {
 def test_fill_in_replaces_only_what_is_marked(tmp_path):
     (tmp_path / "scaling.json").write_text(json.dumps(SCALING))
 
-    text = "before\n<!-- results: scaling -->\nold\n<!-- end -->\nafter\n"
+    text = "before\n<!-- results: scaling -->\nstale\n<!-- end -->\nafter\n"
     filled = tables.fill_in(text, tmp_path)
 
     assert filled.startswith("before\n<!-- results: scaling -->\nMilliseconds, forward:\n")
     assert "| T | exact (JAX) | improved | faster by |" in filled
     assert "| 8 | 3.0 | 2.0 | 1.5× |" in filled
-    assert "old" not in filled
+    assert "stale" not in filled
     assert filled.endswith("<!-- end -->\nafter\n")
     assert tables.fill_in(filled, tmp_path) == filled
 
