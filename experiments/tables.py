@@ -141,8 +141,8 @@ def scaling(record: Mapping[str, Any]) -> str:
     parts.append(
         f"Of the {settings['measures']}: medians of up to {settings['rounds']} runs that take "
         f"turns, fewer where a run takes long; {settings['batch']} × {settings['heads']} heads × "
-        f"{settings['head_dim']}, {settings['dtype']}, C = {settings['clusters']}, k = {settings['topk']}, "
-        f"{settings['num_bits']} bits, {settings['num_iterations']} iterations; on "
+        f"{settings['head_dim']}, {settings['dtype']}, C = {settings['clusters']}, "
+        f"k = {settings['topk']}, {settings['num_bits']} bits, {settings['num_iterations']} iterations; on "
         f"{record['device']}, jax {record['versions']['jax']}"
         + (f", torch {record['versions']['torch']}" if "torch" in record["versions"] else "")
         + ". Last column of times: improved against the fastest exact one. Memory: the most that a "
