@@ -275,23 +275,6 @@ def test_equal_logits_go_to_the_first_keys(implementation):
     assert largest_error(out, oracle.attend(inputs, clusters, topk=6)) <= 1e-5
 
 
-@pytest.mark.parametrize(("length", "k"), [(4096, 1), (4096, 8), (12_003, 8), (12_003, 30)])
-def test_topk_by_blocks_is_topk(length, k):
-    """Also where values are equal, and where a row has fewer than k of them that are not masked."""
-    rng = np.random.default_rng(6)
-    x = rng.geometric(0.3, size=(5, length)).astype(np.float32)
-    x[0] = np.repeat(x[0], 7)[:length] - (
-        rng.random(length) < 0.5
-    )  # several of the largest a block
-    x[1] = np.random.default_rng(7).standard_normal(length)
-    x[2] = xla.MASKED
-    x[3, 7:] = xla.MASKED
-    for found, expected in zip(
-        xla.stable_topk(jnp.asarray(x), k), jax.lax.top_k(x, k), strict=True
-    ):
-        np.testing.assert_array_equal(found, expected)
-
-
 @pytest.mark.parametrize("num_clusters", [3, 40_000])  # many of them sort in another way
 def test_tiles_hold_each_query_once_with_its_cluster(num_clusters):
     num_queries = 60_000 if num_clusters > 3 else 50
