@@ -17,8 +17,7 @@ EXTRAS ?= dev
 
 python := $(VENV)/bin/python
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
-# Neighbours stay in one process, where they share compiled programs.
-pytest := $(python) -m pytest -n auto --dist worksteal
+pytest := $(python) -m pytest -n auto
 swap := $(python) -m experiments.pretrained_swap
 results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
