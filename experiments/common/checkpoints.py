@@ -1,5 +1,6 @@
 """Checkpoints of a training run, of which a kill leaves the last whole one."""
 
+import gc
 import logging
 import sys
 import zlib
@@ -114,9 +115,10 @@ def _with_checksum(state: Any) -> dict[str, Any]:
 def _only_raised() -> Iterator[None]:
     """Keeps errors that are raised from being printed, too: dozens of tracebacks bury our message.
 
-    Orbax logs them, and operations of TensorStore that are under way find its event loop closed.
+    Orbax logs them, so does asyncio for those that Orbax did not wait for, and operations of
+    TensorStore that are under way find the event loop closed.
     """
-    logger, report = logging.getLogger("absl"), sys.unraisablehook
+    loggers, report = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.exc_info
@@ -125,13 +127,16 @@ def _only_raised() -> Iterator[None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
-    logger.addFilter(keep)
+    for logger in loggers:
+        logger.addFilter(keep)
     sys.unraisablehook = report_others
     try:
         yield
     finally:
+        gc.collect()  # Tasks complain when they go.
         sys.unraisablehook = report
-        logger.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _line(error: Exception) -> str:
