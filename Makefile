@@ -10,12 +10,14 @@
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
 # PYTHON=python3.12 VENV=.venv-3.12 make test    does the same with another Python.
+# TESTS='-m "not once"' make test                leaves out what is slow and the same on any Python.
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 
 python := $(VENV)/bin/python
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+pytest := $(python) -m pytest -n auto
 swap := $(python) -m experiments.pretrained_swap
 results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
@@ -34,13 +36,13 @@ speech: $(installed)
 	$(swap) speech
 
 test: $(installed)
-	$(python) -m pytest -n auto
+	$(pytest) $(TESTS)
 
 check: $(installed)
 	$(python) -m ruff format --check
 	$(python) -m ruff check
 	$(python) -m pyright
-	$(python) -m pytest -n auto
+	$(pytest)
 
 format: $(installed)
 	$(python) -m ruff format

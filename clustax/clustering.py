@@ -224,8 +224,7 @@ def to_logit_space(
     query_weights = means(masks.valid_positions(lengths, length), num_key_heads, length)
     key_weights = means(True if valid_keys is None else valid_keys, num_key_heads, num_keys)
 
-    def key_head(query, key, query_weight, key_weight):  # G·T H, S H, T, S
-        query = query.reshape(num_heads // num_key_heads, length, head_dim)
+    def key_head(query, key, query_weight, key_weight):  # T G H, S H, T, S
         dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         centred = key - dot(key_weight, key)
         covariance = dot((key_weight[:, None] * centred).T, centred)  # H H
@@ -233,21 +232,21 @@ def to_logit_space(
         # directions.
         ridge = 1e-5 * jnp.trace(covariance) / head_dim + jnp.finfo(dtype).tiny
         factor = jnp.linalg.cholesky(covariance + ridge * jnp.eye(head_dim, dtype=dtype))
-        query = jnp.where(query_weight[:, None] > 0, query, 0)
-        return dot(query - dot(query_weight, query)[:, None], factor)
+        query = jnp.where(query_weight[:, None, None] > 0, query, 0)
+        mean = dot(query_weight, query.reshape(length, -1)).reshape(query.shape[1:])
+        return dot(query - mean, factor)
 
     out = map_heads(
         key_head,
-        # As in xla.attend, without an axis for the heads of a group.
-        jnp.swapaxes(query, 1, 2).reshape(
-            -1, num_key_heads, num_heads // num_key_heads * length, head_dim
-        ),
-        jnp.swapaxes(key, 1, 2),
+        query.reshape(len(query), length, num_key_heads, -1, head_dim),
+        key,
         query_weights,
         key_weights,
+        in_axes=(2, 2, 1, 1),
+        out_axis=2,
         head_bytes=8 * (length + num_keys) * head_dim,
-    )  # B K G T H
-    return jnp.swapaxes(out.reshape(len(query), num_heads, length, head_dim), 1, 2).reshape(shape)
+    )  # B T K G H
+    return out.reshape(shape)
 
 
 def _checked_settings(

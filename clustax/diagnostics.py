@@ -29,6 +29,7 @@ from clustax.attention import canonical, checked_arrays, is_short
 from clustax.attention_fn import ClusteredAttention, as_bool, of_heads
 from clustax.clustering import Clusters, to_logit_space
 from clustax.heads import map_heads
+from clustax.topk import largest
 
 Model = TypeVar("Model", bound=nnx.Module)
 Out = TypeVar("Out")
@@ -489,7 +490,7 @@ class _Head(NamedTuple):
     def top(self) -> Bool[Array, "C S"]:
         """Which keys are the top-k ones of each cluster, as ``clustax.attend`` chooses them."""
         ranks = xla.rank_keys(self.logits(self.centroids), self.subclusters.share)
-        return ~xla.select_topk(ranks, self.topk)[1]
+        return ~xla.outside(largest(ranks, self.topk), ranks.shape[1])
 
     def clustered(self) -> Float[Array, "C S"]:
         """Clustered attention: the mean of exact attention at the centroids of a cluster."""
@@ -595,7 +596,7 @@ def _figure(
     positions = positions.reshape(-1, positions.shape[-1])  # B n
     bias = xla.raise_bias(each.bias)
 
-    def head(query, key, bias, valid, assignment, counts, positions):
+    def head(scale, query, key, bias, valid, assignment, counts, positions):
         return figure(
             _Head(
                 query.at[positions].get(mode="fill", fill_value=0),
@@ -616,6 +617,7 @@ def _figure(
         each.assignment,
         each.counts,
         jnp.repeat(positions[:, None], num_heads, axis=1),
+        shared=(scale,),
         head_bytes=4 * (num_clusters * num_subclusters + positions.shape[-1]) * num_keys,
     )
     return jax.tree.map(lambda x: x.reshape(*batch, num_heads, -1), out)

@@ -1,10 +1,12 @@
 """One problem per attention head: how many of them are worked on at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 # On a CPU the intermediate arrays of the heads in flight should stay in its caches: touching fresh
 # memory costs more there than the arithmetic on it.
@@ -12,23 +14,127 @@ CPU_BYTES_IN_FLIGHT = 2**20
 
 
 def map_heads(
-    head: Callable[..., PyTree], *args: PyTree[Shaped[Array, "B N ..."]], head_bytes: int
-) -> PyTree[Shaped[Array, "B N ..."]]:
-    """Applies ``head`` to every entry of the two leading axes of the arguments.
+    head: Callable[..., PyTree],
+    *args: PyTree[Shaped[Array, "..."]],
+    head_bytes: int,
+    in_axes: Sequence[int] | None = None,
+    out_axis: int = 1,
+    shared: tuple[PyTree, ...] = (),
+) -> PyTree[Shaped[Array, "..."]]:
+    """Applies ``head`` to every batch entry and head.
 
     Accelerators take all heads at once; a CPU takes as many as have their intermediate arrays, of
     ``head_bytes`` a head, in its caches. Gradients recompute the intermediate arrays, so that only
     those of the heads in flight need memory.
+
+    Args:
+      head: what is done to each, called with ``shared`` and ``args``; it must not close over
+        arrays.
+      args: arrays with a leading axis for the batch, and another one for the heads.
+      head_bytes: how much memory the intermediate arrays of a head take.
+      in_axes: where the heads are in each argument; all are 1 if None.
+      out_axis: where they are in the results.
+      shared: arguments that are the same for all heads, without these axes.
     """
-    batch, heads = jax.tree.leaves(args)[0].shape[:2]
-    at_once = max(1, min(batch * heads, CPU_BYTES_IN_FLIGHT // max(1, head_bytes)))
-    head = jax.checkpoint(head)
+    in_axes = (1,) * len(args) if in_axes is None else tuple(in_axes)
+    no_axes = (None,) * len(shared)
 
-    def in_turn(*args):
-        # A batch of one, which has an axis of its own, would take one more copy of all arguments.
-        batch_size = at_once if at_once > 1 else None
-        return lax.map(lambda each: head(*each), args, batch_size=batch_size)
+    def at_once(shared, *args):
+        heads = jax.vmap(head, (*no_axes, *(axis - 1 for axis in in_axes)), out_axis - 1)
+        batch = jax.vmap(jax.checkpoint(heads), (*no_axes, *(0 for _ in args)))
+        return batch(*shared, *args)
 
-    flat = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), args)
-    result = lax.platform_dependent(*flat, cpu=in_turn, default=jax.vmap(head))
-    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), result)
+    def in_turn(shared, *args):
+        return _in_turn(head, shared, args, in_axes, out_axis, head_bytes)
+
+    return lax.platform_dependent(shared, *args, cpu=in_turn, default=at_once)
+
+
+def _in_turn(
+    head: Callable[..., PyTree],
+    shared: tuple[PyTree, ...],
+    args: tuple[PyTree, ...],
+    in_axes: tuple[int, ...],
+    out_axis: int,
+    head_bytes: int,
+) -> PyTree:
+    """A few heads at a time, of one batch entry.
+
+    They are cut out where they lie in memory, and their results are put where they belong: to bring
+    the heads of all arguments together would take copies of all of them. Gradients do take these,
+    as the gradient of what is cut out would be as large as all that it is cut from.
+    """
+
+    def of_args(function: Callable[[Array, int], Any], args: Sequence[PyTree]) -> list[PyTree]:
+        return [
+            jax.tree.map(lambda x, axis=axis: function(x, axis), arg)
+            for arg, axis in zip(args, in_axes, strict=True)
+        ]
+
+    shapes = of_args(lambda x, axis: Sizes(x.shape[0], x.shape[axis]), args)
+    batch, num_heads = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Sizes))[0]
+    most = max(1, min(num_heads, CPU_BYTES_IN_FLIGHT // max(1, head_bytes)))
+    size = max(n for n in range(1, most + 1) if num_heads % n == 0)
+    num_parts = num_heads // size
+
+    def heads(shared, args):  # without the batch axis
+        if size == 1:  # XLA makes more copies where there is an axis of one head
+            args = of_args(lambda x, axis: jnp.squeeze(x, axis - 1), args)
+            return jax.tree.map(lambda x: jnp.expand_dims(x, out_axis - 1), head(*shared, *args))
+        axes = (*(None for _ in shared), *(axis - 1 for axis in in_axes))
+        return jax.vmap(head, axes, out_axis - 1)(*shared, *args)
+
+    def place(ndim: int, axis: int, part: Int[Array, ""]) -> list[Any]:
+        start: list[Any] = [0] * ndim
+        start[0], start[axis] = part // num_parts, part % num_parts * size
+        return start
+
+    @jax.custom_jvp
+    def in_place(shared, args):
+        def results(part):
+            def cut(x, axis):
+                sizes = list(x.shape)
+                sizes[0], sizes[axis] = 1, size
+                return lax.dynamic_slice(x, place(x.ndim, axis, part), sizes)[0]
+
+            return heads(shared, lax.optimization_barrier(of_args(cut, args)))
+
+        def empty(x):
+            shape = [batch, *x.shape]
+            shape[out_axis] = num_heads
+            return jnp.zeros(shape, x.dtype)
+
+        def step(part, out):
+            def put(out, x):
+                return lax.dynamic_update_slice(out, x[None], place(out.ndim, out_axis, part))
+
+            return jax.tree.map(put, out, results(part))
+
+        out = jax.tree.map(empty, jax.eval_shape(results, jnp.int32(0)))
+        return lax.fori_loop(0, batch * num_parts, step, out)
+
+    def together(shared, args):
+        def parts(x, axis):  # B … N … -> P … size …
+            x = x.reshape(*x.shape[:axis], num_parts, size, *x.shape[axis + 1 :])
+            x = jnp.moveaxis(x, axis, 1)
+            return x.reshape(-1, *x.shape[2:])
+
+        def whole(x):
+            x = jnp.moveaxis(x.reshape(batch, num_parts, *x.shape[1:]), 1, out_axis)
+            return x.reshape(*x.shape[:out_axis], num_heads, *x.shape[out_axis + 2 :])
+
+        each = jax.checkpoint(lambda args: heads(shared, args))
+        return jax.tree.map(whole, lax.map(each, of_args(parts, args)))
+
+    @in_place.defjvp
+    def _(primals, tangents):
+        return jax.jvp(together, primals, tangents)
+
+    return in_place(shared, args)
+
+
+class Sizes(NamedTuple):
+    """How many batch entries there are, and heads in each."""
+
+    batch: int
+    heads: int

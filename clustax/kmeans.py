@@ -89,13 +89,20 @@ def _lloyd(
         counts = _segment_sum(jnp.ones_like(assignment), assignment, num_clusters)
         return assignment, counts, jnp.where(valid, distance, -1)
 
-    def step(_, centroids):
+    def step(state):
+        iteration, centroids, _ = state
         assignment, counts, distance = assign(centroids)
         index, distance = farthest(distance, num_clusters)
         reseeded = jnp.where(distance[:, None] >= 0, points[index], centroids)
-        return jnp.where(counts[:, None] > 0, update(assignment, counts), reseeded)
+        updated = jnp.where(counts[:, None] > 0, update(assignment, counts), reseeded)
+        return iteration + 1, updated, jnp.any(updated != centroids)
 
-    centroids = lax.fori_loop(0, num_iterations - 1, step, points[start])
+    def goes_on(state):  # where nothing changes any more, more iterations would find the same
+        iteration, _, has_changed = state
+        return (iteration < num_iterations) & has_changed
+
+    first = (jnp.int32(1), points[start], jnp.bool_(True))
+    _, centroids, _ = lax.while_loop(goes_on, step, first)
     return assign(centroids)[:2]
 
 

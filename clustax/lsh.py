@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
 from clustax import validation
-from clustax.heads import map_heads
+from clustax.heads import CPU_BYTES_IN_FLIGHT
 
 WORD = 32  # bits in a word of a code
 
@@ -95,10 +95,16 @@ def _hash(
         sides = lax.dot(normals, query.astype(dtype), precision=lax.Precision.HIGHEST)
         return pack_bits(sides > offsets, axis=0)  # W
 
-    # Queries are taken as they lie in memory: to bring their heads together would cost more.
-    *batch, length, num_heads, head_dim = query.shape
-    codes = map_heads(code, query.reshape(-1, num_heads, head_dim), head_bytes=8 * len(planes))
-    return jnp.swapaxes(codes.reshape(*batch, length, num_heads, -1), -3, -2)
+    # Queries are taken as they lie in memory: to bring their heads together would cost more. On a
+    # CPU the products of a few thousand stay in its caches.
+    *rest, head_dim = query.shape
+    at_once = max(1, CPU_BYTES_IN_FLIGHT // (8 * len(planes)))
+    codes = lax.platform_dependent(
+        lax.stop_gradient(query).reshape(-1, head_dim),
+        cpu=lambda queries: lax.map(code, queries, batch_size=at_once),
+        default=jax.vmap(code),
+    )
+    return jnp.swapaxes(codes.reshape(*rest, -1), -3, -2)
 
 
 def pack_bits(bits: Bool[Array, "..."], *, axis: int) -> UInt32[Array, "..."]:

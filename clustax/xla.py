@@ -4,7 +4,6 @@ Queries are sorted by cluster and cut into tiles that each belong to one cluster
 cluster share its top-k keys, so these are gathered once per cluster and met in dense products.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustax.heads import map_heads
+from clustax.topk import largest
 
 # Stands for -inf in the logits of masked keys. It is finite so that no difference of two is NaN.
 # Masked values are zero, so a query without keys gets zeros whatever its weights are.
@@ -74,38 +74,47 @@ def attend(
     scale: float | Float[Array, ""],
 ) -> Float[Array, "B T N V"]:
     """Attention of clustered queries, for canonical arguments (see ``clustax.attention``)."""
-    batch, _, num_heads, _ = query.shape
-    num_clusters, num_keys, num_key_heads = counts.shape[-1], key.shape[1], key.shape[2]
+    num_heads, num_clusters = query.shape[2], counts.shape[-1]
+    num_keys, num_key_heads, head_dim = key.shape[1:]
+    group = num_heads // num_key_heads  # query heads that share a key head
 
-    def grouped(x):  # B N … -> B K G …: G query heads share a key head
-        return None if x is None else x.reshape(batch, num_key_heads, -1, *x.shape[2:])
+    def grouped(x, axis):  # … N … -> … K G …
+        return (
+            x
+            if x is None or group == 1
+            else jnp.reshape(x, (*x.shape[:axis], num_key_heads, group, *x.shape[axis + 1 :]))
+        )
 
-    bias = raise_bias(bias)
+    def head(scale, query, key, value, bias, valid, assignment, counts):
+        return attend_head(
+            query,
+            Keys(key, value, bias, valid),
+            assignment,
+            counts,
+            topk=topk,
+            merge=merge,
+            num_subclusters=num_subclusters,
+            scale=scale,
+        )
 
-    options = {
-        "topk": topk,
-        "merge": merge,
-        "num_subclusters": num_subclusters,
-        "scale": scale,
-    }
-
-    def attend_group(query, key, value, bias, valid, assignment, counts):
-        def head(query, bias, valid, assignment, counts):
-            return attend_head(query, Keys(key, value, bias, valid), assignment, counts, **options)
-
-        query = query.reshape(*assignment.shape, -1)  # G T H
-        return jax.vmap(head)(query, bias, valid, assignment, counts)
-
+    size = tile_size(query.shape[1], num_clusters)
+    num_tiles = query.shape[1] // size + num_clusters
+    gathered = num_tiles * topk * (head_dim + value.shape[-1])
+    logits = num_clusters * num_subclusters * num_keys
+    if group > 1:
+        head = jax.vmap(head, (None, 1, None, None, 0, 0, 0, 0), 1)
     out = map_heads(
-        attend_group,
-        # Without an axis for the heads of a group: where it is 1, XLA would copy queries twice.
-        jnp.swapaxes(query, 1, 2).reshape(batch, num_key_heads, -1, query.shape[-1]),
-        jnp.swapaxes(key, 1, 2),
-        jnp.swapaxes(value, 1, 2),
-        *map(grouped, (bias, valid, assignment, counts)),
-        head_bytes=4 * (num_heads // num_key_heads) * num_clusters * num_subclusters * num_keys,
-    )
-    return jnp.swapaxes(out.reshape(batch, num_heads, *out.shape[3:]), 1, 2)
+        head,
+        grouped(query, 2),
+        key,
+        value,
+        *(grouped(x, 1) for x in (raise_bias(bias), valid, assignment, counts)),
+        in_axes=(2, 2, 2, 1, 1, 1, 1),
+        out_axis=2,
+        shared=(scale,),
+        head_bytes=4 * group * max(logits, gathered),
+    )  # B T K (G) V
+    return out.reshape(*query.shape[:-1], -1)
 
 
 def raise_bias(bias: Float[Array, "*L S"] | None) -> Float[Array, "*L S"] | None:
@@ -134,21 +143,21 @@ def attend_head(
     logits = attention_logits(centroids, keys, scale)  # C R S
     if topk == 0:
         mean, _ = attend_subclusters(logits, keys.value, subclusters.share)
-        return empty_tiles(of_cluster(mean, tiles), tiles)
+        return mean.at[assignment].get(mode="fill", fill_value=0)
 
     ranks = lax.stop_gradient(rank_keys(logits, subclusters.share))  # C S
-    index, in_tail = select_topk(ranks, topk)  # C k, C S
-    top_keys = jax.tree.map(lambda x: x[index], keys)  # C k …
-    tile_keys = jax.tree.map(lambda x: x[tiles.cluster], top_keys)  # L k …
+    index = largest(ranks, topk)  # C k
+    # Fused with the gathers of keys, this one would be made anew for each of their numbers.
+    tile_index = lax.optimization_barrier(index[tiles.cluster])  # L k
+    tile_keys = jax.tree.map(lambda x: x[tile_index], keys)  # L k …
     top = attend_keys(attention_logits(queries, tile_keys, scale), tile_keys.value)  # L M …
     if topk == len(keys.key):
         return empty_tiles(top.mean, tiles)
 
-    logits = jnp.where(in_tail[:, None], logits, -jnp.inf)
+    top_logits, logits = split_keys(logits, index)  # C R k, C R S
     tail_mean, tail_lse = attend_subclusters(logits, keys.value, subclusters.share)
     if merge == "mass":  # the split between top-k keys and tail is that of the centroid
-        centroid_logits = attention_logits(centroids, top_keys, scale)  # C R k
-        top_lse = of_subcluster(jax.nn.logsumexp(centroid_logits, axis=-1), tiles, subclusters)
+        top_lse = of_subcluster(jax.nn.logsumexp(top_logits, axis=-1), tiles, subclusters)
     else:  # each query has its own
         top_lse = top.lse
     mass = jax.nn.sigmoid(top_lse - of_subcluster(tail_lse, tiles, subclusters))[..., None]
@@ -199,22 +208,29 @@ def tile_queries(
 
 
 def tile_size(num_queries: int, num_clusters: int) -> int:
-    """About the mean size of a cluster, so that at most about half of all slots stay empty."""
+    """About the mean size of a cluster; products of fewer than 8 rows are as slow as those of 8."""
     mean = max(1, num_queries // num_clusters)
-    return min(64, 1 << (mean.bit_length() - 1))
+    return min(64, max(8, 1 << (mean.bit_length() - 1)))
 
 
 def fill_tiles(query: Float[Array, "T H"], tiles: Tiles) -> Float[Array, "L M H"]:
     """Puts queries into their slots; empty ones get zeros."""
-    slots = jnp.zeros((tiles.query.size, query.shape[-1]), query.dtype)
-    return slots.at[tiles.slot].set(query, mode="drop").reshape(*tiles.query.shape, -1)
+    return scatter_rows(query, tiles.slot, tiles.query.size).reshape(*tiles.query.shape, -1)
 
 
-def empty_tiles(rows: Float[Array, "L _ V"], tiles: Tiles) -> Float[Array, "T V"]:
+def empty_tiles(rows: Float[Array, "L M V"], tiles: Tiles) -> Float[Array, "T V"]:
     """Puts the rows of all slots where their queries are; padded queries get zeros."""
-    rows = jnp.broadcast_to(rows, (*tiles.query.shape, rows.shape[-1]))
-    out = jnp.zeros((len(tiles.slot), rows.shape[-1]), rows.dtype)
-    return out.at[tiles.query].set(rows, mode="drop")
+    rows = rows.reshape(-1, rows.shape[-1])
+    return scatter_rows(rows, tiles.query.reshape(-1), len(tiles.slot))
+
+
+def scatter_rows(
+    rows: Float[Array, "n D"], index: Int[Array, " n"], size: int
+) -> Float[Array, "size D"]:
+    """Puts rows at different places of an array of zeros, or nowhere if that is beyond its end."""
+    # Reading in order and writing anywhere is faster on a CPU than the other way round.
+    out = jnp.zeros((size, rows.shape[-1]), rows.dtype)
+    return out.at[index].set(rows, mode="drop", unique_indices=True)
 
 
 def of_cluster(x: Float[Array, "C ..."], tiles: Tiles) -> Float[Array, "L 1 ..."]:
@@ -264,6 +280,8 @@ def attention_logits(
 ) -> Float[Array, "*L n S"]:
     """Scaled products of queries and keys with the bias of the keys, in at least float32."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
+    if query.dtype == dtype:
+        query, scale = scale * query, 1
     logits = scale * jnp.einsum("...nh,...sh->...ns", query, keys.key, preferred_element_type=dtype)
     if keys.bias is not None:
         logits = logits + keys.bias[..., None, :]
@@ -324,33 +342,21 @@ def rank_keys(logits: Float[Array, "C R S"], share: Float[Array, "C R"]) -> Floa
     return mean_softmax(logits, share)[0]
 
 
-def select_topk(
-    ranks: Float[Array, "C S"], topk: int
-) -> tuple[Int[Array, "C k"], Bool[Array, "C S"]]:
-    """The top-k keys of each cluster, ties going to the lowest index, and which keys are left."""
-    index = lax.optimization_barrier(stable_topk(ranks, topk)[1])
-    # From the indices: compared with the k-th rank, ranks that XLA computes twice may round apart.
-    return index, outside(index, ranks.shape[1])
+def split_keys(
+    logits: Float[Array, "C R S"], index: Int[Array, "C k"]
+) -> tuple[Float[Array, "C R k"], Float[Array, "C R S"]]:
+    """The logits of these keys, and those of the others, with -inf in place of the former."""
+    num_clusters, num_subclusters, num_keys = logits.shape
+    rows = jnp.arange(num_clusters * num_subclusters)[:, None]
+    index = jnp.repeat(index, num_subclusters, axis=0)
+    logits = logits.reshape(-1, num_keys)
+    others = logits.at[rows, index].set(-jnp.inf, unique_indices=True)
+    return tuple(
+        x.reshape(num_clusters, num_subclusters, -1) for x in (logits[rows, index], others)
+    )
 
 
 def outside(index: Int[Array, "C k"], num_keys: int) -> Bool[Array, "C S"]:
     """Which keys are not among those of a cluster."""
     rows = jnp.arange(len(index))[:, None]
     return jnp.ones((len(index), num_keys), bool).at[rows, index].set(False)
-
-
-def stable_topk(x: Float[Array, "C S"], k: int) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
-    """``lax.top_k`` by blocks: the top k are in the k blocks of largest maximum."""
-    rows, length = x.shape
-    block = 1 << max(0, round(math.log2(math.sqrt(length / max(1, k)))))
-    num_blocks = -(-length // block)
-    if 8 * (num_blocks + k * block) > length:
-        values, index = lax.top_k(x, k)
-        return values, index
-    padding = ((0, 0), (0, num_blocks * block - length))
-    blocks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(rows, num_blocks, block)
-    # In the order of the sequence, so that ties still go to the lowest index.
-    best = jnp.sort(lax.top_k(jnp.max(blocks, axis=-1), k)[1], axis=-1)  # C k
-    candidates = jnp.take_along_axis(blocks, best[..., None], axis=1).reshape(rows, -1)
-    values, place = lax.top_k(candidates, k)
-    return values, jnp.take_along_axis(best, place // block, axis=-1) * block + place % block

@@ -38,7 +38,7 @@ from clustax.models.common import AttentionFn, sinusoids
 from clustax.models.encoder import Encoder
 from experiments.common import training
 from experiments.common.checkpoints import CheckpointError
-from experiments.common.files import whole_file
+from experiments.common.files import BrokenFileError, read_json, whole_file
 from experiments.common.training import Optimisation, Sums, TrainingError
 from experiments.swap import shared
 
@@ -331,7 +331,7 @@ def run_cell(settings: Settings, cell: Cell, commit: str, progress: Progress) ->
     training.claim(folder, {**parts, **tested, "cell": cell._asdict()})
     path = folder / "result.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     model, log = training.train(
         build(settings, cell),
         copy_loss,
@@ -509,8 +509,12 @@ def main() -> None:
     settings = tyro.extras.overridable_config_cli(PRESETS, prog="python -m experiments.copy_task")
     try:
         run(settings, Console())
-    except (TrainingError, CheckpointError, OSError) as error:
+    except (TrainingError, CheckpointError, BrokenFileError) as error:
         raise SystemExit(str(error)) from None
+    except OSError as error:
+        raise SystemExit(
+            f"{error}. Nothing is lost: see to that, and start it again to go on."
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit("Interrupted: start it again to go on.") from None
 

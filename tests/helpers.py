@@ -1,6 +1,8 @@
 """What several test files do: evaluate a case with all its gradients, and compare."""
 
+import contextlib
 import math
+import resource
 from functools import partial
 from typing import NamedTuple
 
@@ -87,6 +89,17 @@ def largest_error(actual, expected) -> float:
     assert actual.shape == expected.shape
     assert np.isfinite(actual).all()
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 0.1))
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Has the system refuse to make a file larger than so many bytes, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def sizes_of(jaxpr):

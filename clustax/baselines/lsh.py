@@ -161,7 +161,7 @@ def _reformer(
     if query_seq_lengths is not None:
         lengths = jnp.minimum(lengths, query_seq_lengths)
 
-    def head(_, tokens: Keys) -> Float[Array, "T V"]:
+    def head(scale, rotations, _, tokens: Keys) -> Float[Array, "T V"]:
         query = tokens.key
         valid = jnp.ones(len(query), bool) if tokens.valid is None else tokens.valid
         tokens = tokens._replace(key=normalise(query), valid=None)
@@ -178,7 +178,10 @@ def _reformer(
 
     head_bytes = 4 * query.shape[-3] * 2 * chunk_size  # rounds are worked on in turn
     return attend_heads(
-        head, query, query, value, bias, mask, lengths, lengths, head_bytes=head_bytes
+        head,
+        *(query, query, value, bias, mask, lengths, lengths),
+        shared=(scale, rotations),
+        head_bytes=head_bytes,
     )
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from clustax import masks, validation, xla
 from clustax.attention import attend_exactly, canonical_keys, checked_arrays
 from clustax.heads import map_heads
+from clustax.topk import largest
 from clustax.xla import MASKED, Keys
 
 QUERIES_AT_ONCE = 256  # whose logits for all keys are in memory, in the search for the best keys
@@ -112,18 +114,25 @@ def _oracle_topk(
     arrays: tuple[Any, ...], scale: float | Float[Array, ""], *, topk: int
 ) -> Float[Array, "*B T N V"]:
 
-    def head(queries: Float[Array, "T H"], keys: Keys) -> Float[Array, "T V"]:
+    def head(
+        scale: Float[Array, ""], queries: Float[Array, "T H"], keys: Keys
+    ) -> Float[Array, "T V"]:
         @jax.checkpoint  # the gradient does not keep the logits either
-        def attend(query: Float[Array, " H"]) -> Float[Array, " V"]:
-            logits = xla.attention_logits(query[None], keys, scale)  # 1 S
-            _, is_other = xla.select_topk(lax.stop_gradient(logits), topk)
-            return xla.attend_keys(jnp.where(is_other, -jnp.inf, logits), keys.value).mean[0]
+        def attend(block: Float[Array, "block H"]) -> Float[Array, "block V"]:
+            logits = xla.attention_logits(block, keys, scale)  # block S
+            index = largest(lax.stop_gradient(logits), topk)
+            is_other = xla.outside(index, len(keys.key))
+            return xla.attend_keys(jnp.where(is_other, -jnp.inf, logits), keys.value).mean
 
-        return lax.map(attend, queries, batch_size=min(QUERIES_AT_ONCE, len(queries)))
+        length, head_dim = queries.shape
+        size = min(QUERIES_AT_ONCE, length)
+        blocks = jnp.pad(queries, ((0, -length % size), (0, 0))).reshape(-1, size, head_dim)
+        out = lax.map(attend, blocks)
+        return out.reshape(-1, out.shape[-1])[:length]
 
     length, num_keys = arrays[0].shape[-3], arrays[1].shape[-3]
     head_bytes = 4 * min(QUERIES_AT_ONCE, length) * num_keys
-    return attend_heads(head, *arrays, head_bytes=head_bytes)
+    return attend_heads(head, *arrays, shared=(scale,), head_bytes=head_bytes)
 
 
 def local(
@@ -180,7 +189,7 @@ def _local(
     length = arrays[0].shape[-3]
     block = min(max(window, SMALLEST_BLOCK), length)
     num_blocks = -(-length // block)
-    offset = jnp.arange(3 * block) - block - jnp.arange(block)[:, None]  # from query to key
+    offset = np.arange(3 * block) - block - np.arange(block)[:, None]  # from query to key
 
     def blocks(x: Array) -> Array:  # T … -> L+2 block …; the first and the last are empty
         ends = (block, (num_blocks + 1) * block - length)
@@ -190,7 +199,9 @@ def _local(
         x = blocks(x)
         return jnp.concatenate([x[:-2], x[1:-1], x[2:]], axis=1)
 
-    def head(query: Float[Array, "T H"], keys: Keys) -> Float[Array, "T V"]:
+    def head(
+        scale: Float[Array, ""], query: Float[Array, "T H"], keys: Keys
+    ) -> Float[Array, "T V"]:
         valid = jnp.ones(length, bool) if keys.valid is None else keys.valid
         near = (jnp.abs(offset) <= window) & around(valid)[:, None]
         keys = jax.tree.map(around, keys._replace(valid=None))
@@ -200,7 +211,7 @@ def _local(
         return out.reshape(-1, out.shape[-1])[:length]
 
     head_bytes = 4 * length * 3 * block
-    return attend_heads(head, *arrays, head_bytes=head_bytes)
+    return attend_heads(head, *arrays, shared=(scale,), head_bytes=head_bytes)
 
 
 def checked_scale(scale: Any, query: Float[Array, "*B T N H"]) -> float | Float[Array, ""]:
@@ -212,7 +223,7 @@ def checked_scale(scale: Any, query: Float[Array, "*B T N H"]) -> float | Float[
 
 
 def attend_heads(
-    head: Callable[[Float[Array, "T H"], Keys], Float[Array, "T V"]],
+    head: Callable[..., Float[Array, "T V"]],
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K V"],
@@ -221,9 +232,10 @@ def attend_heads(
     query_seq_lengths: Int[Array, "*B"] | None,
     key_value_seq_lengths: Int[Array, "*B"] | None,
     *,
+    shared: tuple[PyTree, ...],
     head_bytes: int,
 ) -> Float[Array, "*B T N V"]:
-    """Applies ``head`` to the queries and the keys of each head.
+    """Applies ``head`` to what is ``shared``, and the queries and the keys of each head.
 
     It gets zeros in place of what does not count, and what it returns for padded queries is left
     out. Its intermediate arrays take ``head_bytes``.
@@ -238,6 +250,6 @@ def attend_heads(
 
     queries = masks.drop_queries(query, query_seq_lengths).reshape(-1, *query.shape[-3:])
     keys = Keys(heads_first(key), heads_first(value), xla.raise_bias(bias), valid)
-    out = map_heads(head, heads_first(queries), keys, head_bytes=head_bytes)
+    out = map_heads(head, heads_first(queries), keys, shared=shared, head_bytes=head_bytes)
     out = jnp.swapaxes(out, 1, 2).reshape(*query.shape[:-1], value.shape[-1])
     return masks.drop_queries(out, query_seq_lengths).astype(query.dtype)

@@ -1,9 +1,16 @@
 """Checkpoints of a training run, of which a kill leaves the last whole one."""
 
+import gc
+import logging
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -54,9 +61,12 @@ class Checkpoints:
         step = self.newest
         if step == 0:
             return 0, state
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_checksum(state))
         try:
-            return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            if _with_checksum(found["state"])["checksum"] != found["checksum"]:
+                raise ValueError("what is there is not what was written")
+            return step, found["state"]
         except Exception as error:  # Damage shows in many ways.
             others = [other for other in self._manager.all_steps() if other < step]
             earlier = f"from step {max(others)}" if others else "from the beginning"
@@ -76,7 +86,7 @@ class Checkpoints:
             CheckpointError: if it cannot be written; those before are still there.
         """
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave(_with_checksum(state)))
         except Exception as error:  # A full disk shows as OSError or as one of TensorStore's.
             raise CheckpointError(
                 f"The checkpoint of step {step} cannot be written to {self.folder}: "
@@ -84,10 +94,49 @@ class Checkpoints:
             ) from error
 
     def __enter__(self) -> Self:
+        self._silence = ExitStack()
+        self._silence.enter_context(_only_raised())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with self._silence:
+            self._manager.close()
+
+
+def _with_checksum(state: Any) -> dict[str, Any]:
+    """What is written: Orbax itself notices a file that is cut off, but no bit that is flipped."""
+    checksum = 0
+    for array in jax.tree.leaves(jax.device_get(state)):
+        checksum = zlib.crc32(np.asarray(array).tobytes(), checksum)
+    return {"state": state, "checksum": np.asarray(checksum, np.uint32)}
+
+
+@contextmanager
+def _only_raised() -> Iterator[None]:
+    """Keeps errors that are raised from being printed, too: dozens of tracebacks bury our message.
+
+    Orbax logs them, so does asyncio for those that Orbax did not wait for, and operations of
+    TensorStore that are under way find the event loop closed.
+    """
+    loggers, report = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    for logger in loggers:
+        logger.addFilter(keep)
+    sys.unraisablehook = report_others
+    try:
+        yield
+    finally:
+        gc.collect()  # Tasks complain when they go.
+        sys.unraisablehook = report
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _line(error: Exception) -> str:

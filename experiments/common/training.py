@@ -28,7 +28,7 @@ from rich.progress import (
 )
 
 from experiments.common.checkpoints import Checkpoints
-from experiments.common.files import whole_file
+from experiments.common.files import read_json, whole_file
 from experiments.common.scalars import Scalars
 
 Batch = Any
@@ -137,9 +137,13 @@ def divide(batch: Batch, mesh: Mesh) -> Batch:
     """Puts an equal part of a batch on each device.
 
     Raises:
-        TrainingError: if the devices do not divide its size.
+        TrainingError: if the devices do not divide its size, or its arrays differ in theirs.
     """
-    size = len(jax.tree.leaves(batch)[0])
+    size, *others = map(len, jax.tree.leaves(batch))
+    if set(others) - {size}:
+        raise TrainingError(
+            f"The arrays of a batch must have one number of examples, got {[size, *others]}."
+        )
     if size % mesh.size:
         raise TrainingError(
             f"A batch of {size} cannot be divided among {mesh.size} devices: choose a batch_size "
@@ -237,7 +241,7 @@ def means(sums: Iterable[Sums]) -> dict[str, float]:
     found = jax.device_get(list(sums))
     totals = {name: math.fsum(float(each[name]) for each in found) for name in found[0]}
     weight = totals.pop("weight")
-    return {name: total / weight for name, total in totals.items()}
+    return {name: total / weight if weight else math.nan for name, total in totals.items()}
 
 
 def progress_bar(console: Console) -> Progress:
@@ -261,6 +265,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
     Raises:
         TrainingError: if it is of another run.
+        BrokenFileError: if what says so cannot be read.
     """
     path = folder / "run.json"
     wanted = json.loads(json.dumps(identity))
@@ -268,7 +273,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         with whole_file(path) as new:
             new.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     if found != wanted:
         names = [n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n)]
         raise TrainingError(
@@ -306,6 +311,7 @@ def train(
     Raises:
         TrainingError: if the loss or its gradient is no number, or batches cannot be divided.
         CheckpointError: if a checkpoint cannot be read or written.
+        BrokenFileError: if the log cannot be read.
         OSError: if the log cannot be written.
     """
     mesh = data_mesh() if mesh is None else mesh
@@ -327,7 +333,8 @@ def train(
                 scalars = _summarise(window)
                 seconds = time.perf_counter() - clock
                 if not all(map(math.isfinite, scalars.values())):
-                    raise TrainingError(_diverged(step, scalars, checkpoints.newest, folder))
+                    reason = _bad_data(step, window, batches) or _divergence(step, scalars)
+                    raise TrainingError(f"{reason} {_kept(checkpoints.newest, folder)}")
                 scalars["learning_rate"] = float(np.asarray(rate(step - 1)))
                 scalars["steps_per_second"] = len(window) / seconds
                 log.add(step, scalars)
@@ -348,11 +355,31 @@ def _summarise(window: list[tuple[Sums, jax.Array]]) -> dict[str, float]:
     return {**means(sums), "gradient_norm": float(np.mean(jax.device_get(norms)))}
 
 
-def _diverged(step: int, scalars: Mapping[str, float], newest: int, folder: Path) -> str:
-    kept = f"the checkpoint of step {newest} and the log up to here are in {folder}"
-    kept = kept if newest else f"there is no checkpoint yet; the log up to here is in {folder}"
+def _bad_data(
+    step: int, window: list[tuple[Sums, jax.Array]], batches: Callable[[int], Batch]
+) -> str | None:
+    """What is wrong with the data of the steps up to one that failed, if it is the data."""
+    for number, (sums, _) in enumerate(window, start=step - len(window)):
+        if float(sums["weight"]) == 0:
+            return f"The data of step {number + 1} are bad: all examples have a weight of 0."
+        for path, array in jax.tree.leaves_with_path(batches(number)):
+            if not np.isfinite(np.asarray(array, np.float32)).all():
+                return (
+                    f"The data of step {number + 1} are bad: batch{jax.tree_util.keystr(path)} "
+                    "has values that are not finite."
+                )
+    return None
+
+
+def _divergence(step: int, scalars: Mapping[str, float]) -> str:
     bad = ", ".join(f"{name} is {x}" for name, x in scalars.items() if not math.isfinite(x))
     return (
         f"The training diverged before step {step}: {bad}. Choose another output and a lower "
-        f"learning rate or max_norm, or a longer warm-up; {kept}."
+        "learning rate or max_norm, or a longer warm-up."
     )
+
+
+def _kept(newest: int, folder: Path) -> str:
+    if newest:
+        return f"The checkpoint of step {newest} and the log up to here are in {folder}."
+    return f"There is no checkpoint yet; the log up to here is in {folder}."

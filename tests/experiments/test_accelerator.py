@@ -56,6 +56,7 @@ def test_rivals_on_a_cpu():
     assert {name for name in accelerator.rivals(SETTINGS) if "exact" not in name} == names
 
 
+@pytest.mark.once
 def test_results_are_close_to_those_in_float32(monkeypatch):
     paper = accelerator.settings_of(SETTINGS)["paper"]
     monkeypatch.setattr(accelerator, "settings_of", lambda settings: {"paper": paper})

@@ -3,6 +3,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +21,9 @@ from rich.console import Console
 
 from experiments import copy_task
 from experiments.common import training
+from experiments.common.files import BrokenFileError
 from experiments.copy_task import Cell, Model, Settings
+from tests.helpers import largest_file
 
 TINY = Settings(
     lengths=(8, 12),
@@ -126,6 +133,85 @@ def test_run_writes_its_results_and_does_finished_cells_no_second_time(tmp_path,
     other = dataclasses.replace(settings, masked=0.4)
     with pytest.raises(training.TrainingError, match=r"other settings \(masked\)"):
         copy_task.run(other, Console(quiet=True))
+
+
+def grid_of_two(output):
+    return dataclasses.replace(TINY, methods=("full",), lengths=(8,), seeds=(0, 1), output=output)
+
+
+def numbers(output):
+    """All that a run finds."""
+    return json.loads((output / "results.json").read_text())["cells"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a run finds that nothing gets in the way of."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    copy_task.run(grid_of_two(output), Console(quiet=True))
+    return numbers(output)
+
+
+def die_in_second_cell(output):
+    """Runs until the last step of the second model, which no checkpoint has; in a process."""
+    draw = copy_task.batch_of
+
+    def dying(settings, cell, part, number):
+        if (cell.seed, part, number) == (1, 0, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(settings, cell, part, number)
+
+    copy_task.batch_of = dying
+    copy_task.run(grid_of_two(Path(output)), Console(quiet=True))
+
+
+@pytest.mark.once
+def test_killed_run_ends_with_the_numbers_of_another(tmp_path, uninterrupted):
+    call = f"die_in_second_cell({str(tmp_path)!r})"
+    code = f"from tests.experiments import test_copy_task as t; t.{call}"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "runs/full_length-8_seed-0/result.json").exists()
+    assert not (tmp_path / "runs/full_length-8_seed-1/result.json").exists()
+    copy_task.run(grid_of_two(tmp_path), Console(quiet=True))
+    assert numbers(tmp_path) == uninterrupted
+
+
+def test_what_cannot_be_written_is_named_and_nothing_is_lost(
+    tmp_path, uninterrupted, monkeypatch, caplog
+):
+    presets = {"tiny": ("", grid_of_two(tmp_path)), "other": ("", TINY)}
+    monkeypatch.setattr(copy_task, "PRESETS", presets)
+    monkeypatch.setattr(sys, "argv", ["copy_task", "tiny"])
+    quiet = Console(quiet=True)  # pytest has a file for what is printed
+    monkeypatch.setattr(copy_task, "Console", lambda: quiet)
+
+    def assert_stops(size, file):
+        with largest_file(size), pytest.raises(SystemExit, match=rf"{file}.*to go on") as caught:
+            copy_task.main()
+        assert "File too large" in str(caught.value)
+        assert not [record for record in caplog.records if record.exc_info]
+
+    assert_stops(0, "run.json")
+    assert_stops(2000, "checkpoints")
+    copy_task.main()
+    assert numbers(tmp_path) == uninterrupted
+    assert_stops(2000, "heat_maps.png")
+    assert numbers(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json", "scalars.jsonl"])
+def test_broken_files_are_named_and_left_as_they_are(tmp_path, name):
+    settings = dataclasses.replace(TINY, methods=("full",), lengths=(8,), output=tmp_path)
+    copy_task.run(settings, Console(quiet=True))
+    folder = tmp_path / "runs" / "full_length-8_seed-0"
+    if name == "scalars.jsonl":
+        (folder / "result.json").unlink()
+    broken = b"\0" * 100 + b"\n"
+    (folder / name).write_bytes(broken)
+    with pytest.raises(BrokenFileError, match=rf"{name} is damaged.*start again"):
+        copy_task.run(settings, Console(quiet=True))
+    assert (folder / name).read_bytes() == broken
 
 
 def test_accuracies_are_means_over_seeds():

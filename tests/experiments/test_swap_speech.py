@@ -133,6 +133,7 @@ def without_seconds(record):
     return record
 
 
+@pytest.mark.once
 def test_a_run_that_was_killed_ends_as_any_other(tiny, tmp_path, monkeypatch):
     recognise, calls = task.recognise, []
 
@@ -167,6 +168,7 @@ def test_a_run_that_was_killed_ends_as_any_other(tiny, tmp_path, monkeypatch):
     assert killed == whole
 
 
+@pytest.mark.once
 def test_other_settings_start_anew(tiny, tmp_path, monkeypatch):
     output = tmp_path / "swap"
     options = {"clusters": (), "topk": (), "batch_size": 5, "output": output}

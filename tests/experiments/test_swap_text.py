@@ -106,6 +106,7 @@ def test_cosine_and_embed():
     np.testing.assert_allclose(task.embed(hidden, np.array([2])), [[0.6, 0.8]])
 
 
+@pytest.mark.once
 def test_encode_all(tmp_path):
     """Embeddings are those of each document on its own, in the documents' order."""
     exact = Bert(CONFIG, rngs=nnx.Rngs(0))

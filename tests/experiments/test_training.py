@@ -30,6 +30,7 @@ from experiments.common import training
 from experiments.common.checkpoints import CheckpointError, Checkpoints
 from experiments.common.scalars import Scalars
 from experiments.common.training import Optimisation, TrainingError
+from tests.helpers import largest_file
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Optimisation(
@@ -170,6 +171,7 @@ def die_in_checkpoint(folder, fatal):
     train(Path(folder))
 
 
+@pytest.mark.once
 def test_killed_run_ends_with_the_numbers_of_another(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
@@ -187,12 +189,24 @@ def test_nothing_is_done_again_when_all_is_done(tmp_path):
     assert first[0][0]["learning_rate"] == pytest.approx(0.03 / 4)
 
 
-def test_diverging_run_keeps_what_was_good(tmp_path):
-    def bad(step):
-        return batch(step) if step < 9 else batch(step) | {"y": np.full(8, np.nan, np.float32)}
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"y": np.full(8, 1e30, np.float32)}, "diverged before step 10: loss is inf"),
+        ({"y": np.full(8, np.nan, np.float32)}, r"step 10 are bad: batch\['y'\] .* not finite"),
+        ({"weight": np.zeros(8, np.float32)}, "step 10 are bad: all examples have a weight of 0"),
+        ({"y": np.zeros(16, np.float32)}, r"one number of examples, got \[8, 8, 16\]"),
+    ],
+    ids=["diverged", "nan", "weightless", "uneven"],
+)
+def test_run_that_cannot_go_on_says_why_and_keeps_what_was_good(tmp_path, replaced, message):
+    def bad(number):
+        return batch(number) | (replaced if number >= 9 else {})
 
-    with pytest.raises(TrainingError, match=r"before step 10: loss is nan.*checkpoint of step 8"):
+    with pytest.raises(TrainingError, match=message) as caught:
         train(tmp_path, bad)
+    if "uneven" not in message and "number of" not in message:
+        assert "The checkpoint of step 8 and the log up to here" in str(caught.value)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"4", "8"}
     assert [row["step"] for row in read_rows(tmp_path)] == [2, 4, 6, 8]
 
@@ -225,6 +239,22 @@ def test_broken_checkpoint_is_named_and_the_one_before_goes_on(tmp_path):
     assert_same(numbers(*train(tmp_path)), expected)
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
+    state = {"x": jnp.arange(1000.0), "count": jnp.int32(7)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), (3, state))
+    data = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match=r"3 cannot be read.*from the beginning"),
+    ):
+        checkpoints.restore(state)
+
+
 def test_folder_of_another_run_is_refused(tmp_path):
     training.claim(tmp_path, {"seed": 0, "lengths": (16, 32)})
     training.claim(tmp_path, {"seed": 0, "lengths": (16, 32)})
@@ -249,6 +279,22 @@ def test_scalars_drop_what_comes_after_and_tensorboard_reads_them(tmp_path):
     assert (start.step, start.session_log.status) == (3, event_pb2.SessionLog.START)
     assert (scalar.step, scalar.summary.value[0].tag) == (3, "loss")
     assert scalar.summary.value[0].simple_value == 9.0
+
+
+def test_scalars_that_cannot_be_written_name_the_file_and_leave_the_log_whole(tmp_path):
+    with Scalars(tmp_path, 0) as log:
+        log.add(1, {"loss": 0.5})
+    before = (tmp_path / "scalars.jsonl").read_bytes()
+    size = len(before) + 5  # room for a part of the next line
+    full = pytest.raises(OSError, match=r"too large: .*scalars\.jsonl")
+    with full, Scalars(tmp_path, 1) as log, largest_file(size):
+        log.add(2, {"loss": 0.25})
+    with Scalars(tmp_path, 1) as log:
+        assert (tmp_path / "scalars.jsonl").read_bytes() == before
+        log.add(2, {"loss": 0.25})
+    assert read_rows(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    with largest_file(5), pytest.raises(OSError, match=r"too large: .*scalars\.jsonl"):
+        Scalars(tmp_path, 2).__enter__()
 
 
 def read_rows(folder):
