@@ -142,8 +142,9 @@ def scaling(record: Mapping[str, Any]) -> str:
         f"Of the {settings['measures']}: medians of up to {settings['rounds']} runs that take "
         f"turns, fewer where a run takes long; {settings['batch']} × {settings['heads']} heads × "
         f"{settings['head_dim']}, {settings['dtype']}, C = {settings['clusters']}, "
-        f"k = {settings['topk']}, {settings['num_bits']} bits, {settings['num_iterations']} iterations; on "
-        f"{record['device']}, jax {record['versions']['jax']}"
+        f"k = {settings['topk']}, {settings['num_bits']} bits, "
+        f"{settings['num_iterations']} iterations; on {record['device']}, "
+        f"jax {record['versions']['jax']}"
         + (f", torch {record['versions']['torch']}" if "torch" in record["versions"] else "")
         + ". Last column of times: improved against the fastest exact one. Memory: the most that a "
         "process holds more while it runs."
