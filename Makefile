@@ -3,7 +3,7 @@
 #   make speech   the same on a speech recogniser, and real speech
 #   make test     tests and the examples in the documentation
 #   make check    format, lint, types, and make test
-#   make scaling  time and memory against exact attention
+#   make scaling  time and memory against exact attention and other rivals
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
 # Results go to results/. Those in the README are kept in experiments/results:
@@ -49,7 +49,7 @@ format: $(installed)
 	$(python) -m ruff check --fix
 
 scaling: $(installed)
-	$(python) -m experiments.scaling
+	$(python) -m experiments.scaling cpu
 
 pareto: $(installed)
 	$(python) -m experiments.pareto
@@ -65,7 +65,8 @@ publish: $(installed)
 	  --output $(results)/pretrained_swap_speech_base
 	$(swap) speech --clips pocketsphinx --clusters 100 --topk 32 \
 	  --output $(results)/pretrained_swap_speech_clips
-	$(python) -m experiments.scaling --output $(results)/scaling
+	$(python) -m experiments.scaling cpu --output $(results)/scaling
+	$(python) -m experiments.breakdown --output $(results)/breakdown
 	$(python) -m experiments.pareto --output $(results)/pareto
 	$(python) -m experiments.copy_task cpu --output $(results)/copy_task
 	$(python) -m experiments.tables

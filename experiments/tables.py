@@ -1,4 +1,4 @@
-"""Writes the results in experiments/results into the README, so that no figure in it is typed.
+"""Writes the results in experiments/results into the documents, so that no figure is typed.
 
 python -m experiments.tables
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 RESULTS = ROOT / "experiments" / "results"
 
 
@@ -91,25 +91,111 @@ def swap_speech(record: Mapping[str, Any]) -> str:
 
 
 def scaling(record: Mapping[str, Any]) -> str:
-    """The table of experiments.scaling."""
-    names = list(dict.fromkeys(row["attention"] for row in record["rows"]))
-    by_length: dict[int, dict[str, Any]] = {}
-    for row in record["rows"]:
-        by_length.setdefault(row["length"], {})[row["attention"]] = row
-    rows = []
-    for length, found in by_length.items():
-        times = [f"{1000 * found[n]['median_seconds']:.1f}" if n in found else "" for n in names]
-        ratio = found["improved"]["speed_up"]
-        rows.append((str(length), *times, f"{ratio:.1f}×" if ratio else ""))
+    """The tables of experiments.scaling: times of each pass, memory, and what was asked for."""
     settings = record["settings"]
-    caption = (
-        f"Milliseconds (medians of {settings['rounds']} runs that take turns), "
-        f"{settings['batch']} × {settings['heads']} heads × {settings['head_dim']}, float32, "
-        f"C = {settings['clusters']}, k = {settings['topk']}, {settings['num_bits']} bits, "
-        f"{settings['num_iterations']} iterations; on {record['device']}, "
-        f"jax {record['versions']['jax']}. Last column: improved against the fastest exact one."
+    parts = []
+    for measured in settings["passes"]:
+        mine = [row for row in record["rows"] if row["measured"] == measured]
+        names = list(dict.fromkeys(row["attention"] for row in mine))
+        by_length: dict[int, dict[str, Any]] = {}
+        for row in mine:
+            by_length.setdefault(row["length"], {})[row["attention"]] = row
+        times, memory = [], []
+        for length, found in by_length.items():
+            cells = [
+                f"{1000 * found[n]['median_seconds']:.1f}" if n in found else "" for n in names
+            ]
+            ratio = found["improved"]["speed_up"] if "improved" in found else None
+            times.append((str(length), *cells, f"{ratio:.1f}×" if ratio else ""))
+            taken = [found[n]["peak_bytes"] if n in found else None for n in names]
+            if any(taken):
+                positions = length * settings["batch"]
+                cells = [f"{each / positions / 1000:.2f}" if each else "" for each in taken]
+                memory.append((str(length), *cells))
+        parts.append(f"Milliseconds, {measured}:")
+        parts.append(markdown_table(("T", *names, "faster by"), times))
+        if memory:
+            parts.append(f"Memory, kB for each position, {measured}:")
+            parts.append(markdown_table(("T", *names), memory))
+    ahead = [
+        f"{name} from T = {length:.0f} on ({measured})"
+        for measured, found in record["crossovers"].items()
+        for name, length in found.items()
+        if length
+    ]
+    if ahead:
+        parts.append(f"Ahead of the fastest exact attention: {', '.join(ahead)}.")
+    if record["acceptance"]:
+        asked = [
+            (
+                each["what"],
+                each["length"],
+                each["asked"],
+                f"{each['reached']:.2f}",
+                "yes" if each["is_met"] else "**no**",
+            )
+            for each in record["acceptance"]
+        ]
+        parts.append("What was asked for, and what was reached:")
+        parts.append(markdown_table(("", "T", "asked", "reached", "met"), asked))
+    parts.append(
+        f"Medians of up to {settings['rounds']} runs that take turns, fewer where a run takes "
+        f"long; {settings['batch']} × {settings['heads']} heads × {settings['head_dim']}, "
+        f"{settings['dtype']}, C = {settings['clusters']}, k = {settings['topk']}, "
+        f"{settings['num_bits']} bits, {settings['num_iterations']} iterations; on "
+        f"{record['device']}, jax {record['versions']['jax']}"
+        + (f", torch {record['versions']['torch']}" if "torch" in record["versions"] else "")
+        + ". Last column of times: improved against the fastest exact one. Memory: the most that a "
+        "process holds more while it runs."
     )
-    return f"{markdown_table(('T', *names, 'faster by'), rows)}\n\n{caption}"
+    return "\n\n".join(parts)
+
+
+def breakdown(record: Mapping[str, Any]) -> str:
+    """The tables of experiments.breakdown, one a pass: the time of each stage, and its floor."""
+    settings = record["settings"]
+    parts = []
+    for measured in dict.fromkeys(whole["measured"] for whole in record["wholes"]):
+        stages: dict[str, list[Any]] = {}
+        for part in record["parts"]:
+            if part["measured"] == measured:
+                stages.setdefault(part["stage"], []).append(part)
+        rows = [
+            (
+                stage,
+                *(
+                    f"{1000 * each['seconds']:.1f} / {1000 * each['floor_seconds']:.1f}"
+                    for each in found
+                ),
+                found[-1]["bound"],
+            )
+            for stage, found in stages.items()
+        ]
+        wholes = [whole for whole in record["wholes"] if whole["measured"] == measured]
+        floors = [
+            sum(part["floor_seconds"] for part in column)
+            for column in zip(*stages.values(), strict=True)
+        ]
+        for name, seconds in (
+            ("all, with the profiler", [whole["profiled_seconds"] for whole in wholes]),
+            ("all, without it", [whole["median_seconds"] for whole in wholes]),
+            ("floor of all", floors),
+        ):
+            rows.append((name, *(f"{1000 * each:.1f}" for each in seconds), ""))
+        header = (measured, *(f"T = {whole['length']}" for whole in wholes), "bound by")
+        parts.append(markdown_table(header, rows))
+    rates = record["rates_per_second"]
+    caption = (
+        f"Milliseconds / the least possible; 1 × {settings['heads']} heads × "
+        f"{settings['head_dim']}, float32, C = {settings['clusters']}, k = {settings['topk']}, "
+        f"settings: {settings['attention']}; medians of {settings['rounds']} runs on "
+        f"{record['device']}, jax {record['versions']['jax']}. In a second this machine does "
+        f"{2 * rates['multiply_adds'] / 1e9:.0f} G operations of products, "
+        f"{rates['exponentials'] / 1e9:.1f} G exponentials, compares "
+        f"{rates['compared_words'] / 1e9:.0f} G words of codes, and moves "
+        f"{rates['moved_bytes'] / 1e9:.0f} GB."
+    )
+    return "\n\n".join([*parts, caption])
 
 
 def pareto(record: Mapping[str, Any]) -> str:
@@ -171,6 +257,7 @@ def copy_task(record: Mapping[str, Any]) -> str:
 
 
 SECTIONS = {
+    "breakdown": breakdown,
     "copy_task/results": copy_task,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
@@ -186,7 +273,7 @@ def fill_in(text: str, results: Path) -> str:
     """Replaces what stands between `<!-- results: NAME -->` and `<!-- end -->`.
 
     Args:
-        text: of the README.
+        text: of a document.
         results: the folder of NAME.json.
 
     Raises:
@@ -202,8 +289,9 @@ def fill_in(text: str, results: Path) -> str:
 
 def main() -> None:
     """The command line."""
-    text = README.read_text(encoding="utf-8")
-    README.write_text(fill_in(text, RESULTS), encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(fill_in(text, RESULTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Times of rivals that take turns, so that the noise of the machine hits all of them alike."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ def take_turns(
     rivals: Mapping[str, Callable[[], None]],
     rounds: int,
     advance: Callable[[], None] = lambda: None,
+    budget: float = math.inf,
 ) -> dict[str, Times]:
     """Times all rivals in turn, round after round.
 
@@ -43,14 +45,17 @@ def take_turns(
     Args:
         rivals: what to run, by name; a call returns when its work is done.
         rounds: counted runs of each, at least 2.
-        advance: called after every turn.
+        advance: called after every turn, also after one that is left out.
+        budget: seconds for one rival; when its counted runs took half of it, it has no more turns,
+            but at least two.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, run in rivals.items():
-            run()
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            if number < 2 or 2 * sum(seconds[name]) < budget:
+                run()
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
             advance()
     return {name: Times(tuple(values)) for name, values in seconds.items()}

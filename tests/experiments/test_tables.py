@@ -1,36 +1,117 @@
-"""The results in the README are those of the JSON files."""
+"""The results in the documents are those of the JSON files."""
 
 import json
 
 from experiments import tables
 
 
-def test_readme_is_up_to_date():
-    text = tables.README.read_text(encoding="utf-8")
-    assert text.count("<!-- results: ") == len(tables.SECTIONS)
-    assert tables.fill_in(text, tables.RESULTS) == text, "run python -m experiments.tables"
+def test_documents_are_up_to_date():
+    texts = [document.read_text(encoding="utf-8") for document in tables.DOCUMENTS]
+    assert sum(text.count("<!-- results: ") for text in texts) == len(tables.SECTIONS)
+    for text in texts:
+        assert tables.fill_in(text, tables.RESULTS) == text, "run python -m experiments.tables"
+
+
+SCALING = {
+    "settings": dict.fromkeys(
+        ("rounds", "batch", "heads", "head_dim", "clusters", "topk", "num_bits", "num_iterations"),
+        2,
+    )
+    | {"passes": ["forward"], "dtype": "float32"},
+    "device": "cpu",
+    "versions": {"jax": "1"},
+    "rows": [
+        {
+            "attention": name,
+            "measured": "forward",
+            "length": length,
+            "median_seconds": seconds,
+            "speed_up": speed_up,
+            "peak_bytes": peak_bytes,
+        }
+        for name, length, seconds, speed_up, peak_bytes in [
+            ("exact (JAX)", 8, 0.003, 1.0, 64_000),
+            ("improved", 8, 0.002, 1.5, 32_000),
+            ("improved", 16, 0.004, None, None),
+        ]
+    ],
+    "crossovers": {"forward": {"clustered": None, "improved": 8.4}},
+    "acceptance": [
+        {"what": "faster", "length": "8", "asked": "≥ 2", "reached": 1.5, "is_met": False}
+    ],
+}
 
 
 def test_fill_in_replaces_only_what_is_marked(tmp_path):
-    rows = [
-        {"attention": name, "length": 8, "median_seconds": seconds, "speed_up": speed_up}
-        for name, seconds, speed_up in [("exact (JAX)", 0.003, 1.0), ("improved", 0.002, 1.5)]
-    ]
-    settings = dict.fromkeys(
-        ("rounds", "batch", "heads", "head_dim", "clusters", "topk", "num_bits", "num_iterations"),
-        7,
-    )
-    record = {"settings": settings, "device": "cpu", "versions": {"jax": "1"}, "rows": rows}
-    (tmp_path / "scaling.json").write_text(json.dumps(record))
+    (tmp_path / "scaling.json").write_text(json.dumps(SCALING))
 
     text = "before\n<!-- results: scaling -->\nold\n<!-- end -->\nafter\n"
     filled = tables.fill_in(text, tmp_path)
 
-    assert filled.startswith("before\n<!-- results: scaling -->\n| T | exact (JAX) | improved |")
+    assert filled.startswith("before\n<!-- results: scaling -->\nMilliseconds, forward:\n")
+    assert "| T | exact (JAX) | improved | faster by |" in filled
     assert "| 8 | 3.0 | 2.0 | 1.5× |" in filled
     assert "old" not in filled
     assert filled.endswith("<!-- end -->\nafter\n")
     assert tables.fill_in(filled, tmp_path) == filled
+
+
+def test_scaling_tables_have_memory_and_what_was_not_reached():
+    lines = tables.scaling(SCALING).splitlines()
+    assert "| 16 |  | 4.0 |  |" in lines
+    assert "| 8 | 4.00 | 2.00 |" in lines
+    assert "Ahead of the fastest exact attention: improved from T = 8 on (forward)." in lines
+    assert "| faster | 8 | ≥ 2 | 1.50 | **no** |" in lines
+
+
+def test_breakdown_table_has_every_stage_with_its_floor():
+    def part(stage, length, seconds, floor, bound):
+        return {
+            "measured": "forward",
+            "stage": stage,
+            "length": length,
+            "seconds": seconds,
+            "floor_seconds": floor,
+            "bound": bound,
+        }
+
+    record = {
+        "settings": {
+            "heads": 6,
+            "head_dim": 64,
+            "clusters": 100,
+            "topk": 32,
+            "attention": "paper",
+            "rounds": 3,
+        },
+        "device": "cpu",
+        "versions": {"jax": "1"},
+        "rates_per_second": {
+            "multiply_adds": 2e11,
+            "exponentials": 6.5e9,
+            "compared_words": 6e10,
+            "moved_bytes": 3e10,
+        },
+        "parts": [
+            part("hash", 8, 0.002, 0.001, "products"),
+            part("hash", 16, 0.004, 0.002, "products"),
+            part("rest", 8, 0.001, 0.0, ""),
+            part("rest", 16, 0.003, 0.0, ""),
+        ],
+        "wholes": [
+            {"measured": "forward", "length": n, "median_seconds": s, "profiled_seconds": p}
+            for n, s, p in [(8, 0.0029, 0.003), (16, 0.0071, 0.007)]
+        ],
+    }
+    assert tables.breakdown(record).splitlines()[:7] == [
+        "| forward | T = 8 | T = 16 | bound by |",
+        "| --- | ---: | ---: | ---: |",
+        "| hash | 2.0 / 1.0 | 4.0 / 2.0 | products |",
+        "| rest | 1.0 / 0.0 | 3.0 / 0.0 |  |",
+        "| all, with the profiler | 3.0 | 7.0 |  |",
+        "| all, without it | 2.9 | 7.1 |  |",
+        "| floor of all | 1.0 | 2.0 |  |",
+    ]
 
 
 def test_speech_table_shows_where_clustered_attention_loses():
