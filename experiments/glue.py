@@ -35,24 +35,30 @@ from experiments.common import finetuning, training
 from experiments.common.encoding import encode
 from experiments.common.finetuning import FineTuning, Inputs, Pretrained
 from experiments.common.journal import Journal, revision, source_digest
+from experiments.common.pictures import differences
 from experiments.common.rows import Malformed, Problems
 from experiments.common.training import Sums
 from experiments.swap import shared
 from experiments.swap.shared import CLUSTERED, DEFAULT, EXACT, PAPER, Variant
+from experiments.tables import points
 from experiments.tasks.glue import METRICS, TASKS, Example, read_task
 
 COMPARED = (DEFAULT, PAPER, CLUSTERED)
 RESAMPLES = 1000
 
 PUBLISHED_TASKS = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI")
-PUBLISHED = {
-    name: dict(zip(PUBLISHED_TASKS, scores, strict=True))
-    for name, scores in (
-        (EXACT, (0.601, 0.880, 0.868, 0.929, 0.915, 0.682, 0.947, 0.900, 0.437)),
-        ("improved, C=25", (0.601, 0.880, 0.873, 0.930, 0.915, 0.704, 0.947, 0.900, 0.437)),
-        ("clustered, C=25", (0.598, 0.794, 0.436, 0.746, 0.894, 0.498, 0.944, 0.789, 0.437)),
+PUBLISHED = [
+    {
+        "attention": attention,
+        "num_clusters": num_clusters,
+        "scores": dict(zip(PUBLISHED_TASKS, scores, strict=True)),
+    }
+    for attention, num_clusters, scores in (
+        (EXACT, None, (0.601, 0.880, 0.868, 0.929, 0.915, 0.682, 0.947, 0.900, 0.437)),
+        (PAPER, 25, (0.601, 0.880, 0.873, 0.930, 0.915, 0.704, 0.947, 0.900, 0.437)),
+        (CLUSTERED, 25, (0.598, 0.794, 0.436, 0.746, 0.894, 0.498, 0.944, 0.789, 0.437)),
     )
-}
+]
 """The paper's scores of RoBERTa, which is another model than the one here."""
 
 
@@ -418,16 +424,16 @@ def mean_rows(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str
 
 
 def make_table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """The results as they are printed, means over the seeds."""
+    """The results as they are printed: means over the seeds, the first seed's intervals."""
     table = Table(title="GLUE: the same weights with other attentions")
     columns = ("task", "trained with", "attention", "C", "score", "points to exact", "approximated")
     for name in columns:
         table.add_column(name, justify="left" if name in columns[:3] else "right")
     for group in mean_rows(models):
         first = group[0]
-        points = 100 * float(np.mean([row["difference"] for row in group]))
-        low, high = (100 * end for end in first["difference_interval"])
-        interval = f" ({low:+.1f}, {high:+.1f})" if len(group) == 1 else f", {len(group)} seeds"
+        change = points(
+            float(np.mean([row["difference"] for row in group])), first["difference_interval"]
+        )
         metric = next(iter(first["scores"]))
         mean = float(np.mean([row["scores"][metric] for row in group]))
         table.add_row(
@@ -436,7 +442,7 @@ def make_table(models: Sequence[Mapping[str, Any]]) -> Table:
             first["attention"],
             str(first["num_clusters"] or ""),
             f"{mean:.1%}",
-            f"{points:+.1f}{interval}",
+            change,
             f"{first['approximated']} of {first['examples']}",
         )
     return table
@@ -460,11 +466,7 @@ def draw(models: Sequence[Mapping[str, Any]]) -> Figure:
                 key=lambda row: row["num_clusters"],
             )
             counts = [row["num_clusters"] for row in found]
-            points = np.array([100 * row["difference"] for row in found])
-            ends = 100 * np.array([row["difference_interval"] for row in found])
-            # The interval of a bootstrap need not hold the value itself.
-            bars = np.maximum(0, [points - ends[:, 0], ends[:, 1] - points])
-            line = axes.errorbar(counts, points, bars, marker=marker, capsize=3, label=name)
+            line = axes.errorbar(counts, *differences(found), marker=marker, capsize=3, label=name)
             part = [100 * row.get("difference_of_approximated", np.nan) for row in found]
             axes.plot(counts, part, ":", marker=marker, color=line[0].get_color(), alpha=0.6)
         axes.axhline(0, color="black", linewidth=1, linestyle=":")

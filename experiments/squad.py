@@ -39,10 +39,12 @@ from experiments.common.bootstrap import ratio_interval
 from experiments.common.encoding import TOKENIZER, encode, load_tokenizer
 from experiments.common.finetuning import FineTuning, Inputs, Pretrained
 from experiments.common.journal import Journal, revision, source_digest
+from experiments.common.pictures import differences
 from experiments.common.rows import Malformed, Problems
 from experiments.common.training import Sums
 from experiments.swap import shared
 from experiments.swap.shared import CLUSTERED, DEFAULT, EXACT, PAPER, Variant
+from experiments.tables import points
 from experiments.tasks import squad
 from experiments.tasks.squad import Question, Span, Window
 
@@ -53,7 +55,11 @@ OTHERS = (
     "improved (logit, lse)",
 )
 """What has another merge or metric than the two that are compared at all sizes."""
-PUBLISHED = {EXACT: 0.904, "improved, C=25": 0.876, "clustered, C=25": 0.006}
+PUBLISHED = [
+    {"attention": EXACT, "num_clusters": None, "f1": 0.904},
+    {"attention": PAPER, "num_clusters": 25, "f1": 0.876},
+    {"attention": CLUSTERED, "num_clusters": 25, "f1": 0.006},
+]
 """The paper's F1 of RoBERTa, which is another model than the one here."""
 
 
@@ -418,13 +424,12 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("C", "k", "EM", "F1", "points to exact (95 %)", "equal answers"):
         table.add_column(name, justify="right")
     for row in rows:
-        low, high = (100 * end for end in row["difference_interval"])
         table.add_row(
             row["attention"],
             *("" if row[size] is None else str(row[size]) for size in ("num_clusters", "topk")),
             f"{row['exact_match']:.1%}",
             f"{row['f1']:.1%}",
-            f"{100 * row['difference']:+.1f} ({low:+.1f}, {high:+.1f})",
+            points(row["difference"], row["difference_interval"]),
             f"{row['equal_answers']:.1%}",
         )
     return table
@@ -440,11 +445,8 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(12, 1.5 + 0.28 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
-    points = np.array([100 * row["difference"] for row in rows])
-    ends = 100 * np.array([row["difference_interval"] for row in rows])
-    # The interval of a bootstrap need not hold the value itself.
-    bars = np.maximum(0, [points - ends[:, 0], ends[:, 1] - points])
-    left.errorbar(points, places, xerr=bars, fmt="o", capsize=3)
+    change, bars = differences(rows)
+    left.errorbar(change, places, xerr=bars, fmt="o", capsize=3)
     left.axvline(0, color="black", linewidth=1, linestyle=":")
     left.set(xlabel="points of F1 more than exact attention", yticks=places)
     left.set_yticklabels(labels)

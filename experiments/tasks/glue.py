@@ -327,11 +327,11 @@ def _label(task: Task, label: str) -> float | None:
     return score / HIGHEST if 0 <= score <= HIGHEST else None
 
 
-def _correlation(of: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
+def _correlation(of: Callable[..., float]) -> Callable[[np.ndarray, np.ndarray], float]:
     def correlation(truth: np.ndarray, found: np.ndarray) -> float:
-        # That of constants is not defined; GLUE has no rule for it.
+        # That of constants is not defined: they say nothing of each other.
         constant = np.ptp(truth) == 0 or np.ptp(found) == 0
-        return 0.0 if constant else float(of(truth, found)[0])
+        return 0.0 if constant else float(of(truth, found))
 
     return correlation
 
@@ -344,8 +344,8 @@ def _f1(truth: np.ndarray, found: np.ndarray) -> float:
 METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda truth, found: float(np.mean(truth == found)),
     "f1": lambda truth, found: float(_f1(truth, found)),
-    "matthews": lambda truth, found: float(sklearn.metrics.matthews_corrcoef(truth, found)),
-    "pearson": _correlation(scipy.stats.pearsonr),
-    "spearman": _correlation(scipy.stats.spearmanr),
+    "matthews": _correlation(sklearn.metrics.matthews_corrcoef),
+    "pearson": _correlation(lambda *pair: scipy.stats.pearsonr(*pair).statistic),
+    "spearman": _correlation(lambda *pair: scipy.stats.spearmanr(*pair).statistic),
 }
 """Of the truth and what was found, labels or scores."""
