@@ -117,7 +117,7 @@ PRESETS = {
             data=tyro.MISSING,
             tasks=("SST-2", "MRPC", "STS-B", "RTE"),
             seeds=(0,),
-            tuning=FineTuning(max_seen=16_000, learning_rate=3e-4),
+            tuning=FineTuning(max_tokens=400_000, learning_rate=3e-4),
         ),
     ),
     "paper": (

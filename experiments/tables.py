@@ -209,7 +209,7 @@ def glue(record: Mapping[str, Any]) -> str:
     )
     settings = record["settings"]
     how = settings["tuning"]
-    most = f", {how['max_seen']} examples at the most" if how["max_seen"] else ""
+    most = f", but {how['max_tokens']} tokens at the most" if how["max_tokens"] else ""
     caption = (
         f"{record['pretrained']['name']}, k = {settings['topk']}, {how['epochs']:g} epochs{most}; "
         f"seeds {settings['seeds']}. {data}. On {record['device']}, jax "

@@ -74,8 +74,8 @@ class FineTuning:
 
     epochs: float = 3.0
     """How often each example is seen."""
-    max_seen: int | None = None
-    """How many examples are seen at the most, where that is less."""
+    max_tokens: int | None = None
+    """How many tokens are seen at the most, where that is less."""
     batch_size: int = 32
     """Examples in a step."""
     learning_rate: float = 1e-4
@@ -89,7 +89,7 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        for name in ("max_seen", "batch_size", "evaluations"):
+        for name in ("max_tokens", "batch_size", "evaluations"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -98,9 +98,9 @@ class FineTuning:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be from 0 to below 1, got {self.warmup}.")
 
-    def optimisation(self, examples: int) -> Optimisation:
-        """The steps for a number of examples."""
-        seen = min(self.epochs * examples, self.max_seen or math.inf)
+    def optimisation(self, lengths: np.ndarray) -> Optimisation:
+        """The steps for examples of these lengths."""
+        seen = min(self.epochs * len(lengths), (self.max_tokens or math.inf) / lengths.mean())
         steps = max(1, round(seen / self.batch_size))
         between = max(1, steps // self.evaluations)
         lines = max(1, between // 20)
@@ -267,7 +267,7 @@ def fine_tune(
         model,
         loss,
         lambda step: training_batch(inputs, settings.batch_size, buckets, seed, step),
-        settings.optimisation(len(inputs.tokens)),
+        settings.optimisation(inputs.lengths),
         folder,
         progress,
         description,

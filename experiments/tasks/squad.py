@@ -109,10 +109,11 @@ def _answer(entry: Mapping[str, Any]) -> Answer:
 
 def _line(text: str, entry: Mapping[str, Any]) -> int:
     """The line of a question, found by what it says."""
-    for name in ("id", "question"):
+    known = [entry[name] for name in ("id", "question") if isinstance(entry.get(name), str)]
+    for said in known:
         for ascii_only in (True, False):
-            written = json.dumps(entry.get(name), ensure_ascii=ascii_only)
-            if (at := text.find(f"{written}")) >= 0:
+            at = text.find(json.dumps(said, ensure_ascii=ascii_only))
+            if at >= 0:
                 return text.count("\n", 0, at) + 1
     return 1
 

@@ -251,12 +251,15 @@ def test_evaluation_has_each_text(lengths, batch_size):
 
 
 def test_steps_of_fine_tuning():
-    found = FineTuning(epochs=2, batch_size=10, warmup=0.1, evaluations=3).optimisation(1000)
+    lengths = np.full(1000, 7)
+    tuning = FineTuning(epochs=2, batch_size=10, warmup=0.1, evaluations=3)
+    found = tuning.optimisation(lengths)
     assert (found.steps, found.warmup_steps, found.schedule) == (200, 20, "cosine")
     assert (found.checkpoint_every, found.log_every) == (66, 22)
-    assert FineTuning(max_seen=500, batch_size=10).optimisation(1000).steps == 50
-    assert FineTuning(epochs=0.1).optimisation(3).steps == 1
-    for wrong in ({"epochs": 0}, {"warmup": 1.0}, {"max_seen": 0}, {"evaluations": 0}):
+    assert dataclasses.replace(tuning, max_tokens=3500).optimisation(lengths).steps == 50
+    assert dataclasses.replace(tuning, max_tokens=35_000).optimisation(lengths).steps == 200
+    assert FineTuning(epochs=0.1).optimisation(lengths[:3]).steps == 1
+    for wrong in ({"epochs": 0}, {"warmup": 1.0}, {"max_tokens": 0}, {"evaluations": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             FineTuning(**wrong)
 

@@ -149,7 +149,7 @@ def test_glue_tables_have_all_texts_and_those_that_are_changed():
         "published": [
             {"attention": "exact", "num_clusters": None, "scores": {"MRPC": 0.9, "RTE": 0.7}}
         ],
-        "settings": {"topk": 32, "seeds": [0], "tuning": {"epochs": 3.0, "max_seen": 99}},
+        "settings": {"topk": 32, "seeds": [0], "tuning": {"epochs": 3.0, "max_tokens": 99}},
         "pretrained": {"name": "MiniLM"},
         "device": "cpu",
         "versions": {"jax": "1"},
