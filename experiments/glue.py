@@ -353,6 +353,7 @@ def run_cell(
     if not wanted <= journal.finished.keys():
         model, curve = train_cell(settings, cell, pretrained, data, folder, progress)
         journal.add("curve", curve)
+        journal.add("commit", commit)
         task = progress.add_task(f"{cell.task}, scoring", total=len(variants), state="")
         for variant in variants:
             swapped = model.with_attention(finetuning.attention_of(variant))
@@ -371,7 +372,7 @@ def run_cell(
         **cell._asdict(),
         "data": data.about,
         "curve": journal.finished["curve"],
-        "commit": commit,
+        "commit": journal.finished["commit"],
         "rows": rows,
     }
 

@@ -388,6 +388,8 @@ def run(settings: Settings, console: Console) -> None:
             "seed": settings.seed,
         }
         journal = Journal(settings.output / "runs" / "answers.jsonl", identity)
+        if "commit" not in journal.finished:
+            journal.add("commit", commit)
         task = progress.add_task("Answering", total=len(compared), state="")
         exact: dict[str, Any] = {}
         for number, variant in enumerate(compared):
@@ -405,7 +407,7 @@ def run(settings: Settings, console: Console) -> None:
                 settings,
                 pretrained,
                 compared,
-                commit=commit,
+                commit=journal.finished["commit"],
                 data=about,
                 published=PUBLISHED,
                 rows=rows,

@@ -282,13 +282,13 @@ def describe(
     """As `swap.shared.describe`; where data and models are on this machine makes no difference.
 
     Args:
-        settings: a dataclass, whose paths are left out.
+        settings: a dataclass, whose paths are left out; its model is None for MiniLM.
         model: what fine-tuning starts from.
         variants: what is compared.
         **others: what else matters.
     """
     paths = [f.name for f in fields(settings) if isinstance(getattr(settings, f.name), Path)]
-    packages = [MINILM] if model.folder == fetch_minilm() else []
+    packages = [MINILM] if settings.model is None else []
     record = shared.describe(
         settings,
         variants,
