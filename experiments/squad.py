@@ -572,8 +572,10 @@ Command = (
 def main() -> None:
     """The command line."""
     settings = tyro.cli(Command, prog="python -m experiments.squad", description=__doc__)
-    work = run if isinstance(settings, Settings) else ask
-    finetuning.serve(lambda: work(settings, Console()))
+    console = Console()
+    finetuning.serve(
+        lambda: run(settings, console) if isinstance(settings, Settings) else ask(settings, console)
+    )
 
 
 if __name__ == "__main__":

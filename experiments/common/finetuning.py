@@ -309,7 +309,7 @@ def write(folder: Path, record: Mapping[str, Any], figure: Figure) -> None:
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def serve(work: Callable[[], None]) -> None:
+def serve(work: Callable[[], object]) -> None:
     """Does what a command line asks for; what a user can mend is said without a traceback."""
     expected = (DataError, TrainingError, CheckpointError, PackageUnavailableError, OSError)
     try:

@@ -9,7 +9,7 @@ import xml.sax
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.sax.xmlreader import AttributesImpl, Locator
 
 import numpy as np
@@ -327,7 +327,7 @@ def _label(task: Task, label: str) -> float | None:
     return score / HIGHEST if 0 <= score <= HIGHEST else None
 
 
-def _correlation(of: Callable[..., float]) -> Callable[[np.ndarray, np.ndarray], float]:
+def _correlation(of: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
     def correlation(truth: np.ndarray, found: np.ndarray) -> float:
         # That of constants is not defined: they say nothing of each other.
         constant = np.ptp(truth) == 0 or np.ptp(found) == 0
@@ -345,7 +345,7 @@ METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda truth, found: float(np.mean(truth == found)),
     "f1": lambda truth, found: float(_f1(truth, found)),
     "matthews": _correlation(sklearn.metrics.matthews_corrcoef),
-    "pearson": _correlation(lambda *pair: scipy.stats.pearsonr(*pair).statistic),
-    "spearman": _correlation(lambda *pair: scipy.stats.spearmanr(*pair).statistic),
+    "pearson": _correlation(lambda *pair: scipy.stats.pearsonr(*pair)[0]),
+    "spearman": _correlation(lambda *pair: scipy.stats.spearmanr(*pair)[0]),
 }
 """Of the truth and what was found, labels or scores."""
