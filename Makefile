@@ -6,6 +6,8 @@
 #   make scaling  time and memory against exact attention and other rivals
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
+#   make glue     fine-tune on GLUE's tasks: GLUE=DIR has their folders
+#   make squad    fine-tune a reader, by folds: SQUAD=FILE is SQuAD's JSON
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
@@ -27,7 +29,7 @@ ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(installed)
 endif
 
-.PHONY: demo speech test check format scaling pareto copy publish clean
+.PHONY: demo speech test check format scaling pareto copy glue squad publish clean
 
 demo: $(installed)
 	$(swap) text
@@ -56,6 +58,12 @@ pareto: $(installed)
 
 copy: $(installed)
 	$(python) -m experiments.copy_task cpu
+
+glue: $(installed)
+	$(python) -m experiments.glue cpu --data $(GLUE)
+
+squad: $(installed)
+	$(python) -m experiments.squad cpu --train $(SQUAD)
 
 publish: $(installed)
 	$(swap) text --output $(results)/pretrained_swap_text
