@@ -1,0 +1,191 @@
+"""Compiles kernels and programs for TPUs and GPUs that are not there, and checks what came out.
+
+    make aot
+    make aot PRESET=quick
+
+The compilers are real ones, libtpu's and those of CUDA. A program that does not compile, a kernel
+that spills registers or has too little memory, and memory that grows faster than the length, make
+the command fail. What has no accelerator does not run: whether results are right is for the tests.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+
+from experiments.aot import gates
+from experiments.aot.cases import Selection
+from experiments.aot.targets import MIB, TARGETS, TPUS, compiler_versions, environment
+from experiments.common.files import whole_file
+
+ROOT = Path(__file__).parents[2]
+MAX_SHOWN = 160
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compile for accelerators that are not there."""
+
+    targets: tuple[str, ...] = TARGETS
+    """Accelerators."""
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    seconds: int = 600
+    """Of processor time, after which a program is given up."""
+    compilers: Path = Path(sys.prefix) / "aot"
+    """The folder of the compilers."""
+    output: Path = Path("results/aot")
+    """The folder of the results, a file for each version of JAX. What is there of the same versions
+    and other programs is kept."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be compiled for."""
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}.")
+
+
+QUICK = Settings(
+    targets=("v5e", "tpu7x", "h100"),
+    selection=Selection(
+        lengths=(8192,), head_dims=(128,), passes=("gradient",), copy=False, cycles=False
+    ),
+)
+PRESETS = {
+    "full": ("All programs for all accelerators; takes hours on two cores.", Settings()),
+    "quick": ("A few of them, in about two minutes.", QUICK),
+}
+
+
+def compile_all(settings: Settings, target: str, cycles: bool) -> Iterator[dict[str, Any]]:
+    """Compiles for a target, and yields the records as they come.
+
+    A process that a compiler aborts loses the program at hand only: another one does the rest.
+    """
+    done: list[str] = []
+    while True:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            dumps, log, events = (folder / name for name in ("dumps", "log", "events"))
+            dumps.mkdir()
+            events.touch()
+            job = {
+                "target": target,
+                "cycles": cycles,
+                "selection": dataclasses.asdict(settings.selection),
+                "done": done,
+                "seconds": settings.seconds,
+                "events": str(events),
+                "dumps": str(dumps),
+                "log": str(log),
+            }
+            with log.open("wb") as output:
+                code = subprocess.run(
+                    [sys.executable, "-m", "experiments.aot.worker", json.dumps(job)],
+                    cwd=ROOT,
+                    env=environment(target, settings.compilers.absolute(), dumps, cycles),
+                    stdout=output,
+                    stderr=output,
+                    check=False,
+                ).returncode
+            said = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+            text = log.read_text(encoding="utf-8", errors="replace")
+        found = {gates.label(record): record for record in said}
+        for record in found.values():
+            done.append(f"{record['case']}, T={record['length']}")
+            record.setdefault("error", died(code, text))
+            yield record
+        if code == 0:
+            return
+        if not found:
+            yield {"case": "(all)", "length": 0, "target": target, "error": died(code, text)}
+            return
+
+
+def died(code: int, log: str) -> str:
+    """Why a process ended, from what it said."""
+    if code == -signal.SIGPROF:
+        return "takes too long to compile"
+    fatal = re.findall(r"^F\d{4} [^]]*\] (?!\*)(.*)|(LLVM ERROR: .*)", log, re.MULTILINE)
+    errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", log, re.MULTILINE)
+    reasons = [*("".join(parts) for parts in fatal[:1]), *errors[-1:], f"exit status {code}"]
+    return f"its compiler died: {reasons[0]}"
+
+
+def merge(old: Iterable[Mapping[str, Any]], new: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """All records; new ones take the place of old ones of the same program."""
+    records = {gates.label(record): record for record in (*old, *new)}
+    return [records[name] for name in sorted(records)]
+
+
+def show(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table that is printed."""
+    kernels = record.get("kernels", {}).items()
+    unit = "" if record["target"] in TPUS else " B"
+    shown = [
+        f"{name} {kernel['memory'] / MIB:.1f} MiB, {kernel['spills']}{unit} spilled"
+        for name, kernel in kernels
+        if record["target"] in TPUS or kernel["spills"] or name.startswith(gates.KERNELS)
+    ]
+    shown += [f"{name} {count:,} cycles" for name, count in record.get("cycles", {}).items()]
+    peak = f"{record['peak'] / MIB:.1f}" if "peak" in record else ""
+    seconds = f"{record['seconds']:.1f}" if "seconds" in record else ""
+    error = " ".join((record["error"] or "").split())[:MAX_SHOWN]
+    return (
+        record["target"],
+        record["case"],
+        str(record["length"]),
+        seconds,
+        peak,
+        error or "; ".join(shown),
+    )
+
+
+def run(settings: Settings, console: Console) -> list[str]:
+    """Compiles, prints, writes the results; returns what fails."""
+    versions = compiler_versions(settings.compilers)
+    if not versions:
+        raise SystemExit(f"There are no compilers in {settings.compilers}: start by make aot.")
+    versions = {"python": platform.python_version(), "jax": jax.__version__, **versions}
+    major, minor = jax.__version_info__[:2]
+    path = settings.output / f"jax-{major}.{minor}.json"
+    known: dict[str, list[Any]] = {"programs": [], "kernels": []}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["versions"] == versions:
+            known = {name: before[name] for name in known}
+    new: dict[str, list[Any]] = {"programs": [], "kernels": []}
+    for target in settings.targets:
+        for name, found in new.items():
+            for record in compile_all(settings, target, cycles=name == "kernels"):
+                found.append(record)
+                console.print(*show(record), sep=" | ", highlight=False, soft_wrap=True)
+        record = {"versions": versions}
+        record |= {name: merge(known[name], found) for name, found in new.items()}
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(f"{len(new['programs'])} programs; wrote {path}")
+    return gates.failures(new["programs"])
+
+
+def main() -> None:
+    """The command line."""
+    settings = tyro.extras.overridable_config_cli(PRESETS, prog="python -m experiments.aot")
+    found = run(settings, Console())
+    if found:
+        raise SystemExit("\n".join([*found, f"{len(found)} of these must not be."]))
+
+
+if __name__ == "__main__":
+    main()
