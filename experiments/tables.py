@@ -1,23 +1,20 @@
-"""Writes the results in experiments/results into the README, so that no figure in it is typed.
+"""Writes the results in experiments/results into the documents, so that no figure there is typed.
 
 python -m experiments.tables
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.aot.tables import aot
+from experiments.common.markdown import markdown_table
+
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "experiments" / "results"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns but the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def swap_text(record: Mapping[str, Any]) -> str:
@@ -171,6 +168,8 @@ def copy_task(record: Mapping[str, Any]) -> str:
 
 
 SECTIONS = {
+    "aot/jax-0.10": aot,
+    "aot/jax-0.12": aot,
     "copy_task/results": copy_task,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
@@ -186,7 +185,7 @@ def fill_in(text: str, results: Path) -> str:
     """Replaces what stands between `<!-- results: NAME -->` and `<!-- end -->`.
 
     Args:
-        text: of the README.
+        text: of a document.
         results: the folder of NAME.json.
 
     Raises:
@@ -197,13 +196,14 @@ def fill_in(text: str, results: Path) -> str:
         record = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
         return f"{match[1]}\n{SECTIONS[match[2]](record)}\n{match[3]}"
 
-    return re.sub(r"(<!-- results: ([\w/]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: ([\w/.-]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
     """The command line."""
-    text = README.read_text(encoding="utf-8")
-    README.write_text(fill_in(text, RESULTS), encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(fill_in(text, RESULTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

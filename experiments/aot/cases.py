@@ -56,6 +56,8 @@ class Case(NamedTuple):
         function: what is compiled.
         arguments: what it is called with, as shapes.
         elements: that no array of the program may have; None if any size is fine.
+        floor: the operations in matrix products that it cannot do without, and the bytes that it
+            has to move; None where nobody counted.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     elements: int | None = None
+    floor: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:
@@ -127,96 +130,114 @@ def _copy_step(method: Any, size: int | None, device: Any) -> Case:
     return Case(f"copy task, {cell.label}, training step", length, step.apply, arguments)
 
 
-def kernels(target: str, device: Any, selection: Selection) -> Iterator[Case]:
+def kernels(target: str, selection: Selection) -> Iterator[Case]:
     """The kernels whose cycles are estimated; each runs by itself, for one head."""
-    del device
-    if not selection.cycles or target not in TPUS or target == "v4":
-        return
-    yield from map(_kernel, *zip(*_kernel_calls(), strict=True))
+    if selection.cycles and target in TPUS and target != "v4":
+        yield from (*_kmeans(), *_centroid_attention(), *_grouped_attention(), *_flash_attention())
 
 
-def _kernel(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Case:
-    return Case(name, CYCLES_LENGTH, function, arguments)
+def _kernel(
+    name: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    products: int,
+    rows: int,
+) -> Case:
+    """A kernel of this many products of T × … × H, that moves this many bytes for a query."""
+    floor = (2 * CYCLES_LENGTH * CYCLES_HEAD_DIM * products, CYCLES_LENGTH * rows)
+    return Case(name, CYCLES_LENGTH, function, arguments, floor=floor)
 
 
-def _kernel_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
-    length, dim = CYCLES_LENGTH, CYCLES_HEAD_DIM
-    valid = _of(bool, 1, length)
+def _kmeans() -> Iterator[Case]:
+    """One assignment with its sums.
 
-    def lloyd(metric: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(
-            kmeans.lloyd, metric(CLUSTERS, 64 if metric is kmeans.hamming_metric else dim)
-        )
-
-    # One assignment with its sums: libtpu takes the search for new centroids of empty clusters,
-    # which later ones may make, to go on without end.
-    codes, points = _of(jnp.int32, 1, 2, length), _of(jnp.float32, 1, dim, length)
+    libtpu takes the search for new centroids of empty clusters, which comes before later ones, to
+    go on without end.
+    """
+    codes = _of(jnp.int32, 1, 2, CYCLES_LENGTH)
+    points = _of(jnp.float32, 1, CYCLES_HEAD_DIM, CYCLES_LENGTH)
     for name, metric, x in (
-        ("Hamming", kmeans.hamming_metric, codes),
-        ("Euclidean", kmeans.euclidean_metric, points),
+        ("Hamming", kmeans.hamming_metric(CLUSTERS, 64), codes),
+        ("Euclidean", kmeans.euclidean_metric(CLUSTERS, CYCLES_HEAD_DIM), points),
     ):
-        starts = _of(x.dtype, 1, x.shape[1], CLUSTERS)
+        arguments = (x, _of(x.dtype, 1, x.shape[1], CLUSTERS), _of(bool, 1, CYCLES_LENGTH))
+        assign = partial(_assign, metric)
+        products = 2 * CLUSTERS * metric.dim // CYCLES_HEAD_DIM
+        rows = 4 * x.shape[1] + 4
+        yield _kernel(f"K-means, {name}, an assignment", assign, arguments, products, rows)
 
-        def assign(x, starts, valid, metric=metric):
-            return lloyd(metric)(x, starts, valid, 1)
 
-        yield f"K-means, {name}, an assignment", assign, (x, starts, valid)
+def _assign(metric, points, starts, valid):
+    return kmeans.lloyd(metric, points, starts, valid, 1)
 
-    rows = _of(jnp.bfloat16, 1, length, dim)
-    attend = partial(centroid_attention.centroid_attention, topk=TOPK, scale=dim**-0.5)
+
+def _centroid_attention() -> Iterator[Case]:
+    keys = _of(jnp.bfloat16, 1, CYCLES_LENGTH, CYCLES_HEAD_DIM)
+    attend = partial(centroid_attention.centroid_attention, topk=TOPK, scale=CYCLES_HEAD_DIM**-0.5)
+
+    def loss(*arguments):
+        found = attend(*arguments)
+        return jnp.sum(found.tail_mean) + jnp.sum(found.tail_lse)
+
     for subclusters in (1, 4):
-        centroids = _of(jnp.float32, 1, CLUSTERS, subclusters, dim)
+        centroids = _of(jnp.float32, 1, CLUSTERS, subclusters, CYCLES_HEAD_DIM)
         share = None if subclusters == 1 else _of(jnp.float32, 1, CLUSTERS, subclusters)
-        arguments = (centroids, rows, rows, None, None, share)
-        yield f"centroid attention, R={subclusters}", attend, arguments
+        arguments = (centroids, keys, keys, None, None, share)
+        rows, name = subclusters * CLUSTERS, f"centroid attention, R={subclusters}"
+        moved = 4 * CYCLES_HEAD_DIM  # keys and values
+        yield _kernel(name, attend, arguments, 2 * rows, moved)
+        gradient = jax.grad(loss, argnums=(0, 1, 2))
+        yield _kernel(f"{name}, backward", gradient, arguments, 5 * rows, 2 * moved)
 
-        def attended(*arguments):
-            found = attend(*arguments)
-            return jnp.sum(found.tail_mean) + jnp.sum(found.tail_lse)
 
-        yield f"centroid attention, R={subclusters}, backward", _gradient(attended), arguments
-
-    size = grouped_attention.tile_size(length, CLUSTERS, rows.dtype)
-    tiles = length // size + CLUSTERS
-    keys = _of(jnp.bfloat16, 1, CLUSTERS, TOPK, dim)
-    group = partial(grouped_attention.grouped_attention, scale=dim**-0.5)
+def _grouped_attention() -> Iterator[Case]:
+    size = grouped_attention.tile_size(CYCLES_LENGTH, CLUSTERS, jnp.dtype(jnp.bfloat16))
+    tiles = CYCLES_LENGTH // size + CLUSTERS
+    keys = _of(jnp.bfloat16, 1, CLUSTERS, TOPK, CYCLES_HEAD_DIM)
     arguments = (
-        _of(jnp.bfloat16, 1, tiles, size, dim),
+        _of(jnp.bfloat16, 1, tiles, size, CYCLES_HEAD_DIM),
+        keys,
+        keys,
         _of(jnp.int32, 1, tiles),
-        keys,
-        keys,
-        None,
-        None,
-        _of(jnp.float32, 1, CLUSTERS, dim),
+        _of(jnp.float32, 1, CLUSTERS, CYCLES_HEAD_DIM),
         _of(jnp.float32, 1, tiles, size),
     )
-    yield "grouped attention", _in_order(group), arguments
 
-    def grouped(query, cluster, key, value, bias, valid, tail_mean, tail_lse):
-        def loss(query, key, value):
-            found = group(query, cluster, key, value, bias, valid, tail_mean, tail_lse)
-            return jnp.sum(found.astype(jnp.float32))
+    def attend(query, key, value, cluster, tail_mean, tail_lse):
+        return grouped_attention.grouped_attention(
+            query,
+            cluster,
+            key,
+            value,
+            tail_mean=tail_mean,
+            tail_lse=tail_lse,
+            scale=CYCLES_HEAD_DIM**-0.5,
+        )
 
-        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+    def loss(*arguments):
+        return jnp.sum(attend(*arguments).astype(jnp.float32))
 
-    yield "grouped attention, backward", _in_order(grouped), arguments
+    moved = 4 * CYCLES_HEAD_DIM  # queries and outputs
+    yield _kernel("grouped attention", _in_order(attend), arguments, 2 * TOPK, moved)
+    gradient = _in_order(jax.grad(loss, argnums=(0, 1, 2)))
+    rows = 6 * CYCLES_HEAD_DIM  # with the gradients of both
+    yield _kernel("grouped attention, backward", gradient, arguments, 5 * TOPK, rows)
 
-    heads = (_of(jnp.bfloat16, 1, 1, length, dim),) * 3
-    yield "flash attention, its default blocks", flash.flash_attention, heads
+
+def _flash_attention() -> Iterator[Case]:
+    """What comes with JAX."""
+    arguments = (_of(jnp.bfloat16, 1, 1, CYCLES_LENGTH, CYCLES_HEAD_DIM),) * 3
     blocks = flash.BlockSizes(block_q=512, block_k_major=512, block_k=512, block_b=1)
-    yield (
-        "flash attention, blocks of 512",
-        partial(flash.flash_attention, block_sizes=blocks),
-        heads,
-    )
+    chosen = partial(flash.flash_attention, block_sizes=blocks)
+    for name, function in (
+        ("flash attention, its default blocks", flash.flash_attention),
+        ("flash attention, blocks of 512", chosen),
+    ):
+        yield _kernel(name, function, arguments, 2 * CYCLES_LENGTH, 8 * CYCLES_HEAD_DIM)
 
 
 def _of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def _in_order(function: Callable[..., Any]) -> Callable[..., Any]:

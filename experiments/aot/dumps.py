@@ -34,7 +34,7 @@ def tpu_kernels(hlo: str, utilization: Mapping[str, str]) -> dict[str, Kernel]:
         sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', "".join(scoped))
         bundles, spills = _bundles(utilization[name]) if name in utilization else (0, 0)
         kernel = Kernel(max(map(int, sizes), default=0), spills, bundles)
-        _keep_largest(found, name.split(".")[0], kernel)
+        _keep_largest(found, _base_name(name), kernel)
     return found
 
 
@@ -43,7 +43,7 @@ def tpu_cycles(hlo: str) -> dict[str, int]:
     found = {}
     for name, line in _pallas_calls(hlo):
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-        found[name.split(".")[0]] = int(cycles[1]) if cycles else 0
+        found[_base_name(name)] = int(cycles[1]) if cycles else 0
     return found
 
 
@@ -81,6 +81,11 @@ def _pallas_calls(hlo: str) -> Iterator[tuple[str, str]]:
             match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
             if match:
                 yield match[1], line
+
+
+def _base_name(operation: str) -> str:
+    """The name of a kernel; operations are numbered, and say what transformed them."""
+    return re.sub("^(?:transpose_|jvp_)+", "", operation.split(".")[0]).rstrip("_")
 
 
 def _bundles(table: str) -> tuple[int, int]:

@@ -35,13 +35,17 @@ def main(job: Mapping[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     device = _device(target)
     selection = cases.Selection(**{k: _tuple(v) for k, v in job["selection"].items()})
-    wanted = cases.kernels if job["cycles"] else cases.programs
+    wanted = (
+        cases.kernels(target, selection)
+        if job["cycles"]
+        else cases.programs(target, device, selection)
+    )
     with open(job["events"], "a", buffering=1, encoding="utf-8") as events:
 
         def say(**record: Any) -> None:
             print(json.dumps(record), file=events)
 
-        for case in wanted(target, device, selection):
+        for case in wanted:
             if case.label in job["done"]:
                 continue
             name = {"case": case.name, "length": case.length, "target": target}
@@ -52,7 +56,8 @@ def main(job: Mapping[str, Any]) -> None:
             try:
                 found = _compile(case, device)
                 if job["cycles"]:
-                    found = {"seconds": found["seconds"], "cycles": dumps.tpu_cycles(found["hlo"])}
+                    cycles = dumps.tpu_cycles(found["hlo"])
+                    found = {"seconds": found["seconds"], "cycles": cycles, "floor": case.floor}
                 else:
                     hlo = found.pop("hlo")
                     if target in TPUS:

@@ -1,0 +1,141 @@
+"""The tables of what was compiled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.aot import gates
+from experiments.aot.targets import MIB, TARGETS
+from experiments.common.markdown import markdown_table
+
+# Published: docs.cloud.google.com/tpu/docs/v5e and /tpu7x, of whose chips each has two devices.
+OPERATIONS_PER_SECOND = {"v5e": 197e12, "tpu7x": 2307e12 / 2}  # in bfloat16
+BYTES_PER_SECOND = {"v5e": 819e9, "tpu7x": 7380e9 / 2}
+
+TOTAL = {
+    "K-means, Hamming, an assignment": 10,
+    "centroid attention, R=1": 1,
+    "grouped attention": 1,
+}
+"""The kernels of a call in the paper's setting, and how often they run."""
+
+Record = Mapping[str, Any]
+
+
+def aot(record: Record) -> str:
+    """The tables of experiments.aot."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    programs = record["programs"]
+    parts = [_cycles(record["kernels"]), _kernels(programs), _memory(programs)]
+    parts.append(f"Compiled with {versions}.")
+    failed = "\n".join(f"- {sentence}" for sentence in gates.failures(programs))
+    return "\n\n".join([*parts, f"What does not hold:\n\n{failed}"] if failed else parts)
+
+
+def _cycles(records: Sequence[Record]) -> str:
+    """Floors and static cycles of kernels, each by itself."""
+    names = list(dict.fromkeys(record["case"] for record in records))
+    targets = _targets(records)
+    cycles = {(r["case"], r["target"]): _last(r.get("cycles") or {}) for r in records}
+    floors = {r["case"]: r["floor"] for r in records if r.get("floor")}
+    rows = [
+        (
+            name,
+            *(_least(floors.get(name), target) for target in OPERATIONS_PER_SECOND),
+            *(_number(cycles.get((name, target), 0)) for target in targets),
+        )
+        for name in names
+    ]
+    totals = {}
+    for target in targets:
+        parts = {name: cycles.get((name, target), 0) for name in TOTAL}
+        whole = all(parts.values())
+        totals[target] = sum(times * parts[name] for name, times in TOTAL.items()) * whole
+    label = " + ".join(f"{times} × {name}" if times > 1 else name for name, times in TOTAL.items())
+    rows.append((label, "", "", *(_number(totals[target]) for target in targets)))
+    for name in names:
+        if name.startswith("flash"):
+            rows.append(
+                (
+                    f"{name}, over that sum",
+                    "",
+                    "",
+                    *(_ratio(cycles.get((name, target), 0), totals[target]) for target in targets),
+                )
+            )
+    header = ("kernel", *(f"least µs, {target}" for target in OPERATIONS_PER_SECOND))
+    return markdown_table((*header, *(f"cycles, {target}" for target in targets)), rows)
+
+
+def _last(cycles: Mapping[str, int]) -> int:
+    """Those of the last kernel: a backward one comes after the forward one."""
+    return [0, *cycles.values()][-1]
+
+
+def _least(floor: Sequence[int] | None, target: str) -> str:
+    """The time that a kernel takes at least, and what bounds it."""
+    if floor is None:
+        return ""
+    products = floor[0] / OPERATIONS_PER_SECOND[target]
+    memory = floor[1] / BYTES_PER_SECOND[target]
+    return f"{1e6 * max(products, memory):.1f} ({'products' if products > memory else 'memory'})"
+
+
+def _number(x: int) -> str:
+    return f"{x:,}" if x else ""
+
+
+def _ratio(x: int, total: int) -> str:
+    return f"{x / total:.1f}×" if x and total else ""
+
+
+def _kernels(records: Sequence[Record]) -> str:
+    """What the kernels in programs take, at most, over all lengths and head dims."""
+    found: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    for record in records:
+        method, target = record["case"].split(",")[0], record["target"]
+        for name, kernel in record.get("kernels", {}).items():
+            most = found.setdefault((name, method), {})
+            memory, spills = most.get(target, (0, 0))
+            most[target] = max(memory, kernel["memory"]), max(spills, kernel["spills"])
+    targets = [t for t in _targets(records) if any(t in most for most in found.values())]
+
+    def cell(most: Mapping[str, tuple[int, int]], target: str) -> str:
+        if target not in most:
+            return ""
+        memory, spills = most[target]
+        return f"{memory / MIB:.1f}, {spills}"
+
+    rows = [
+        (f"{name}, {method}", *(cell(most, target) for target in targets))
+        for (name, method), most in sorted(found.items())
+    ]
+    header = ("kernel, setting", *(f"MiB, spills, {target}" for target in targets))
+    return markdown_table(header, rows)
+
+
+def _memory(records: Sequence[Record]) -> str:
+    """Peak memory of programs at their greatest length, and how it grew."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        found.setdefault(record["case"], {}).setdefault(record["target"], []).append(record)
+    targets = _targets(records)
+
+    def cell(group: Sequence[Record]) -> str:
+        if any(record["error"] is not None for record in group):
+            return "fails"
+        peaks = {record["length"]: record["peak"] for record in group}
+        if not peaks:
+            return ""
+        *shorter, longest = sorted(peaks)
+        growth = f" ({peaks[longest] / peaks[shorter[-1]]:.1f}×)" if shorter else ""
+        return f"{peaks[longest] / MIB:.0f}{growth}"
+
+    rows = [
+        (name, *(cell(by_target.get(target, ())) for target in targets))
+        for name, by_target in found.items()
+    ]
+    return markdown_table(("program", *(f"peak MiB, {target}" for target in targets)), rows)
+
+
+def _targets(records: Sequence[Record]) -> list[str]:
+    return [name for name in TARGETS if any(record["target"] == name for record in records)]
