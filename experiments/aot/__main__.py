@@ -27,7 +27,7 @@ from rich.console import Console
 
 from experiments.aot import gates
 from experiments.aot.cases import Selection
-from experiments.aot.targets import MIB, TARGETS, TPUS, compiler_versions, environment
+from experiments.aot.targets import MIB, TARGETS, compiler_versions, environment
 from experiments.common.files import whole_file
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,8 @@ class Settings:
     targets: tuple[str, ...] = TARGETS
     """Accelerators."""
     selection: Selection = dataclasses.field(default_factory=Selection)
+    only: str = "*"
+    """A pattern, as of file names, of the programs wanted among these."""
     seconds: int = 600
     """Of processor time, after which a program is given up."""
     compilers: Path = Path(sys.prefix) / "aot"
@@ -84,6 +86,7 @@ def compile_all(settings: Settings, target: str, cycles: bool) -> Iterator[dict[
                 "target": target,
                 "cycles": cycles,
                 "selection": dataclasses.asdict(settings.selection),
+                "only": settings.only,
                 "done": done,
                 "seconds": settings.seconds,
                 "events": str(events),
@@ -131,12 +134,9 @@ def merge(old: Iterable[Mapping[str, Any]], new: Iterable[Mapping[str, Any]]) ->
 
 def show(record: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table that is printed."""
-    kernels = record.get("kernels", {}).items()
-    unit = "" if record["target"] in TPUS else " B"
     shown = [
-        f"{name} {kernel['memory'] / MIB:.1f} MiB, {kernel['spills']}{unit} spilled"
-        for name, kernel in kernels
-        if record["target"] in TPUS or kernel["spills"] or name.startswith(gates.KERNELS)
+        f"{name} {gates.size(kernel, record['target'])}"
+        for name, kernel in record.get("kernels", {}).items()
     ]
     shown += [f"{name} {count:,} cycles" for name, count in record.get("cycles", {}).items()]
     peak = f"{record['peak'] / MIB:.1f}" if "peak" in record else ""
@@ -152,31 +152,37 @@ def show(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def run(settings: Settings, console: Console) -> list[str]:
-    """Compiles, prints, writes the results; returns what fails."""
-    versions = compiler_versions(settings.compilers)
-    if not versions:
-        raise SystemExit(f"There are no compilers in {settings.compilers}: start by make aot.")
-    versions = {"python": platform.python_version(), "jax": jax.__version__, **versions}
-    major, minor = jax.__version_info__[:2]
-    path = settings.output / f"jax-{major}.{minor}.json"
-    known: dict[str, list[Any]] = {"programs": [], "kernels": []}
+def store(path: Path, versions: Mapping[str, str], new: Mapping[str, list[Any]]) -> None:
+    """Adds records to those that a file has of the same versions."""
+    known: Mapping[str, list[Any]] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before["versions"] == versions:
-            known = {name: before[name] for name in known}
-    new: dict[str, list[Any]] = {"programs": [], "kernels": []}
+        known = before if before["versions"] == versions else known
+    merged = {name: merge(known.get(name, ()), found) for name, found in new.items()}
+    with whole_file(path) as partial:
+        text = json.dumps({"versions": versions, **merged}, indent=1)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def run(settings: Settings, console: Console) -> list[str]:
+    """Compiles, prints, writes the results; returns what does not hold."""
+    compilers = compiler_versions(settings.compilers)
+    if not compilers:
+        raise SystemExit(f"There are no compilers in {settings.compilers}: start by make aot.")
+    versions = {"python": platform.python_version(), "jax": jax.__version__, **compilers}
+    major, minor = jax.__version_info__[:2]
+    path = settings.output / f"jax-{major}.{minor}.json"
+    programs = []
     for target in settings.targets:
-        for name, found in new.items():
+        for name in ("programs", "kernels"):
+            found = []
             for record in compile_all(settings, target, cycles=name == "kernels"):
                 found.append(record)
                 console.print(*show(record), sep=" | ", highlight=False, soft_wrap=True)
-        record = {"versions": versions}
-        record |= {name: merge(known[name], found) for name, found in new.items()}
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"{len(new['programs'])} programs; wrote {path}")
-    return gates.failures(new["programs"])
+            store(path, versions, {"programs": [], "kernels": []} | {name: found})
+            programs += found if name == "programs" else []
+    console.print(f"{len(programs)} programs; wrote {path}")
+    return gates.failures(programs)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -243,20 +244,27 @@ def _of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 def _in_order(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same with clusters whose tiles are two each, in order.
 
-    The kernel reads the cluster of a tile from memory; libtpu does not estimate what depends on it.
+    The kernel reads the cluster of a tile from memory, before the tile's step begins; libtpu does
+    not estimate what depends on that.
     """
 
     def of_cluster(self, keys, place):
         def spec(tile: int, x):
-            def index(g, step, *_):
+            def index(g, step):
                 return place(g, tile), step // 2, 0, 0
 
             return pl.BlockSpec((None, None, *x.shape[2:]), index)
 
         return tuple(jax.tree.map(partial(spec, tile), keys) for tile in range(self.step_tiles))
 
+    def spec(self, in_specs, out_specs):
+        grid = (self.shape[0] // self.step_tiles, self.shape[1])
+        scalars = (pl.BlockSpec(memory_space=pltpu.SMEM),) * 2  # clusters and scale
+        return pl.GridSpec(grid=grid, in_specs=(*scalars, *in_specs), out_specs=out_specs)
+
     def traced(*arguments):
-        with mock.patch.object(grouped_attention._Grid, "_of_cluster", of_cluster):
+        patch = partial(mock.patch.object, grouped_attention._Grid)
+        with patch("_of_cluster", of_cluster), patch("spec", spec):
             return function(*arguments)
 
     return traced

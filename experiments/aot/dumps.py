@@ -11,7 +11,7 @@ class Kernel(NamedTuple):
     """What a kernel takes.
 
     Attributes:
-        memory: on-chip bytes.
+        memory: on-chip bytes; 0 where they are not known.
         spills: stores of registers, or bytes of them on a GPU, that had no place in registers.
         size: bundles of instructions; registers of a thread on a GPU.
     """
@@ -48,14 +48,14 @@ def tpu_cycles(hlo: str) -> dict[str, int]:
 
 
 def gpu_kernels(log: str) -> dict[str, Kernel]:
-    """The kernels that ptxas reported on."""
+    """The Pallas kernels that ptxas reported on, which knows nothing of their shared memory."""
     report = (
-        r"entry function '(\S+)' for '\S+'[\s\S]*?(\d+) bytes spill stores[\s\S]*?"
-        r"Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+        r"entry function '(\S+)_mosaic_gpu_kernel'[\s\S]*?(\d+) bytes spill stores[\s\S]*?"
+        r"Used (\d+) registers"
     )
     found: dict[str, Kernel] = {}
-    for name, spills, registers, memory in re.findall(report, log):
-        _keep_largest(found, name, Kernel(int(memory or 0), int(spills), int(registers)))
+    for name, spills, registers in re.findall(report, log):
+        _keep_largest(found, name, Kernel(0, int(spills), int(registers)))
     return found
 
 

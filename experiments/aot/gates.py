@@ -11,8 +11,6 @@ MAX_SPILLED_BYTES = 64
 """The same of a thread on a GPU."""
 GROWTH = 8.5 / 8
 """By how much peak memory may grow, at most, where the length does by one."""
-KERNELS = ("kmeans", "centroid_attention", "grouped_attention", "centroids", "lloyd")
-"""How the names of our kernels start; the others on a GPU are XLA's."""
 
 Record = Mapping[str, Any]
 
@@ -20,6 +18,13 @@ Record = Mapping[str, Any]
 def label(record: Record) -> str:
     """How messages call a program."""
     return f"{record['target']}: {record['case']}, T={record['length']}"
+
+
+def size(kernel: Mapping[str, int], target: str) -> str:
+    """What a kernel takes, and spills."""
+    if target in TPUS:
+        return f"{kernel['memory'] / MIB:.1f} MiB, {kernel['spills']} spilled"
+    return f"{kernel['size']} registers, {kernel['spills']} B spilled"
 
 
 def failures(records: Sequence[Record]) -> list[str]:

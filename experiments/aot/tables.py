@@ -90,27 +90,21 @@ def _ratio(x: int, total: int) -> str:
 
 def _kernels(records: Sequence[Record]) -> str:
     """What the kernels in programs take, at most, over all lengths and head dims."""
-    found: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    found: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
     for record in records:
         method, target = record["case"].split(",")[0], record["target"]
         for name, kernel in record.get("kernels", {}).items():
-            most = found.setdefault((name, method), {})
-            memory, spills = most.get(target, (0, 0))
-            most[target] = max(memory, kernel["memory"]), max(spills, kernel["spills"])
+            most = found.setdefault((name, method), {}).setdefault(target, dict(kernel))
+            most.update({what: max(most[what], kernel[what]) for what in kernel})
     targets = [t for t in _targets(records) if any(t in most for most in found.values())]
-
-    def cell(most: Mapping[str, tuple[int, int]], target: str) -> str:
-        if target not in most:
-            return ""
-        memory, spills = most[target]
-        return f"{memory / MIB:.1f}, {spills}"
-
     rows = [
-        (f"{name}, {method}", *(cell(most, target) for target in targets))
+        (
+            f"{name}, {method}",
+            *(gates.size(most[target], target) if target in most else "" for target in targets),
+        )
         for (name, method), most in sorted(found.items())
     ]
-    header = ("kernel, setting", *(f"MiB, spills, {target}" for target in targets))
-    return markdown_table(header, rows)
+    return markdown_table(("kernel, setting", *targets), rows)
 
 
 def _memory(records: Sequence[Record]) -> str:

@@ -3,6 +3,7 @@
 Compilers abort on some programs: whoever starts this sees by the lines how far it came.
 """
 
+import fnmatch
 import json
 import resource
 import signal
@@ -26,9 +27,9 @@ def main(job: Mapping[str, Any]) -> None:
     """Compiles what a job names.
 
     Args:
-        job: "target"; "cycles", whether to estimate these; "selection"; "done", the programs to
-            leave out; "seconds" for each; and the paths "events", "dumps", and "log", to which
-            the output of this process goes.
+        job: "target"; "cycles", whether to estimate these; "selection"; "only", a pattern of the
+            programs wanted; "done", those to leave out; "seconds" for each; and the paths
+            "events", "dumps", and "log", to which the output of this process goes.
     """
     target, folder, log = job["target"], Path(job["dumps"]), Path(job["log"])
     if job["cycles"]:
@@ -46,7 +47,7 @@ def main(job: Mapping[str, Any]) -> None:
             print(json.dumps(record), file=events)
 
         for case in wanted:
-            if case.label in job["done"]:
+            if case.label in job["done"] or not fnmatch.fnmatch(case.label, job["only"]):
                 continue
             name = {"case": case.name, "length": case.length, "target": target}
             say(**name)

@@ -1,5 +1,7 @@
 """What is read from the texts of compilers, and what makes the check fail; compiles nothing."""
 
+import json
+
 import pytest
 
 from experiments.aot import __main__ as aot
@@ -27,13 +29,16 @@ MXU, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
 0 0 1 1 0
 """
 PTXAS = """
-ptxas info    : Compiling entry function 'grouped_attention' for 'sm_90a'
-ptxas info    : Function properties for grouped_attention
+ptxas info    : Compiling entry function 'fusion_3' for 'sm_90a'
+    0 bytes stack frame, 99 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+ptxas info    : Compiling entry function 'attend_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for attend_mosaic_gpu_kernel
     0 bytes stack frame, 48 bytes spill stores, 60 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 2048 bytes smem
-ptxas info    : Compiling entry function 'fusion_3' for 'sm_90a'
+ptxas info    : Compiling entry function 'attend_mosaic_gpu_kernel' for 'sm_90a'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 32 registers, used 0 barriers
+ptxas info    : Used 178 registers, used 1 barriers
 """
 
 
@@ -51,10 +56,7 @@ def test_cycles_of_tpus():
 
 
 def test_kernels_of_gpus():
-    assert dumps.gpu_kernels(PTXAS) == {
-        "grouped_attention": Kernel(2048, 48, 168),
-        "fusion_3": Kernel(0, 0, 32),
-    }
+    assert dumps.gpu_kernels(PTXAS) == {"attend": Kernel(0, 48, 178)}
 
 
 def test_largest_array():
@@ -120,10 +122,19 @@ def test_memory_is_to_be_linear():
     assert gates.failures([lengths[0], record(case="other"), lengths[2]]) == []
 
 
-def test_new_records_take_the_place_of_old_ones():
-    old, new = record(peak=1), record(peak=2)
-    other = record(target="v4")
-    assert aot.merge([old, other], [new]) == [other, new]
+def test_new_records_take_the_place_of_old_ones(tmp_path):
+    path, other, kernel = tmp_path / "aot.json", record(target="v4"), record(case="kmeans")
+    aot.store(path, {"jax": "1"}, {"programs": [record(peak=1), other], "kernels": [kernel]})
+    aot.store(path, {"jax": "1"}, {"programs": [record(peak=2)], "kernels": []})
+    found = json.loads(path.read_text())
+    assert found["programs"] == [other, record(peak=2)]
+    assert found["kernels"] == [kernel]
+    aot.store(path, {"jax": "2"}, {"programs": [], "kernels": [other]})
+    assert json.loads(path.read_text()) == {
+        "versions": {"jax": "2"},
+        "programs": [],
+        "kernels": [other],
+    }
 
 
 def test_why_a_compiler_died():
