@@ -5,8 +5,8 @@ from typing import Any
 
 from experiments.aot.targets import MIB, TPUS, VMEM_LIMIT
 
-MAX_SPILLS = 16
-"""Registers that a kernel may spill: with so few it does not matter whether in a loop."""
+MAX_SPILLS, MAX_SPILLED_SHARE = 16, 1 / 12
+"""Registers that a kernel may spill, in all or for each bundle of its instructions."""
 MAX_SPILLED_BYTES = 64
 """The same of a thread on a GPU."""
 GROWTH = 8.5 / 8
@@ -50,8 +50,10 @@ def _of_one(record: Record) -> Iterator[str]:
             "it is not linear"
         )
     is_tpu = record["target"] in TPUS
-    unit, most = ("registers", MAX_SPILLS) if is_tpu else ("bytes", MAX_SPILLED_BYTES)
+    unit = "registers" if is_tpu else "bytes"
     for name, kernel in record.get("kernels", {}).items():
+        few = max(MAX_SPILLS, int(MAX_SPILLED_SHARE * kernel["size"]))
+        most = few if is_tpu else MAX_SPILLED_BYTES
         if kernel["spills"] > most:
             yield f"{name} spills {kernel['spills']} {unit}, more than {most}"
         if is_tpu and kernel["memory"] > VMEM_LIMIT:

@@ -1,5 +1,6 @@
 """The tables of what was compiled."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,43 +33,42 @@ def aot(record: Record) -> str:
 
 
 def _cycles(records: Sequence[Record]) -> str:
-    """Floors and static cycles of kernels, each by itself."""
-    names = list(dict.fromkeys(record["case"] for record in records))
+    """Floors and static cycles of kernels, each by itself; flash attention against the sum."""
     targets = _targets(records)
-    cycles = {(r["case"], r["target"]): _last(r.get("cycles") or {}) for r in records}
+    lengths = {record["case"]: record["length"] for record in records}
+    length = max(lengths.values())
+    cycles = {(r["case"], r["target"]): cycles_of(r) for r in records}
     floors = {r["case"]: r["floor"] for r in records if r.get("floor")}
-    rows = [
-        (
-            name,
-            *(_least(floors.get(name), target) for target in OPERATIONS_PER_SECOND),
-            *(_number(cycles.get((name, target), 0)) for target in targets),
-        )
-        for name in names
-    ]
-    totals = {}
-    for target in targets:
-        parts = {name: cycles.get((name, target), 0) for name in TOTAL}
-        whole = all(parts.values())
-        totals[target] = sum(times * parts[name] for name, times in TOTAL.items()) * whole
+
+    def row(label: str, numbers: Sequence[str], floor: Sequence[int] | None = None):
+        return (label, *(_least(floor, target) for target in OPERATIONS_PER_SECOND), *numbers)
+
+    rows = []
+    for name, own in lengths.items():
+        label = f"{name}, T = {own}" if own < length else name
+        numbers = [_number(cycles.get((name, target), 0)) for target in targets]
+        rows.append(row(label, numbers, floors.get(name)))
+    parts = [[cycles.get((name, target), 0) for name in TOTAL] for target in targets]
+    totals = [sum(map(operator.mul, TOTAL.values(), each)) * all(each) for each in parts]
     label = " + ".join(f"{times} × {name}" if times > 1 else name for name, times in TOTAL.items())
-    rows.append((label, "", "", *(_number(totals[target]) for target in targets)))
-    for name in names:
+    rows.append(row(label, list(map(_number, totals))))
+    for name, own in lengths.items():
         if name.startswith("flash"):
-            rows.append(
-                (
-                    f"{name}, over that sum",
-                    "",
-                    "",
-                    *(_ratio(cycles.get((name, target), 0), totals[target]) for target in targets),
-                )
-            )
+            whole = [cycles.get((name, t), 0) * (length // own) ** 2 for t in targets]
+            rows.append(row(f"{name}, over that sum", list(map(_ratio, whole, totals))))
     header = ("kernel", *(f"least µs, {target}" for target in OPERATIONS_PER_SECOND))
     return markdown_table((*header, *(f"cycles, {target}" for target in targets)), rows)
 
 
-def _last(cycles: Mapping[str, int]) -> int:
-    """Those of the last kernel: a backward one comes after the forward one."""
-    return [0, *cycles.values()][-1]
+def cycles_of(record: Record) -> int:
+    """The estimate for a kernel; 0 if there is none.
+
+    Where libtpu has none, and the kernel has no loops, bundles of instructions are counted.
+    """
+    if not record.get("cycles"):
+        return 0
+    name, cycles = list(record["cycles"].items())[-1]  # a backward pass comes after a forward one
+    return cycles or (record["steps"] or 0) * record["kernels"][name]["size"]
 
 
 def _least(floor: Sequence[int] | None, target: str) -> str:

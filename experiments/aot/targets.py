@@ -88,11 +88,11 @@ def environment(target: str, compilers: Path, dumps: Path, cycles: bool) -> dict
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if target in TPUS:
         dump = (
-            f"--xla_jf_dump_static_llo_profile_to={dumps}"
-            if cycles
-            else "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.* "
+            "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.* "
             f"--xla_jf_dump_to={dumps}"
         )
+        if cycles:
+            dump += f" --xla_jf_dump_static_llo_profile_to={dumps}"
         return env | {
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",

@@ -56,19 +56,19 @@ def main(job: Mapping[str, Any]) -> None:
             signal.setitimer(signal.ITIMER_PROF, job["seconds"])
             try:
                 found = _compile(case, device)
-                if job["cycles"]:
-                    cycles = dumps.tpu_cycles(found["hlo"])
-                    found = {"seconds": found["seconds"], "cycles": cycles, "floor": case.floor}
+                hlo = found.pop("hlo")
+                if target in TPUS:
+                    texts = dumps.read_utilization(set(folder.iterdir()) - before)
+                    kernels = dumps.tpu_kernels(hlo, texts)
                 else:
-                    hlo = found.pop("hlo")
-                    if target in TPUS:
-                        texts = dumps.read_utilization(set(folder.iterdir()) - before)
-                        kernels = dumps.tpu_kernels(hlo, texts)
-                    else:
-                        output = log.read_bytes()[size:].decode(errors="replace")
-                        kernels = dumps.gpu_kernels(output)
+                    output = log.read_bytes()[size:].decode(errors="replace")
+                    kernels = dumps.gpu_kernels(output)
+                found["kernels"] = {key: kernel._asdict() for key, kernel in kernels.items()}
+                if job["cycles"]:
+                    found["cycles"] = dumps.tpu_cycles(hlo)
+                    found["floor"], found["steps"] = case.floor, case.steps
+                else:
                     found["largest"], found["elements"] = dumps.largest_array(hlo), case.elements
-                    found["kernels"] = {k: v._asdict() for k, v in kernels.items()}
                 say(**name, error=None, **found)
             except Exception as error:  # whatever it is belongs in the table
                 say(**name, error=f"{type(error).__name__}: {error}")

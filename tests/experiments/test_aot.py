@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.aot import __main__ as aot
-from experiments.aot import dumps, gates
+from experiments.aot import dumps, gates, tables
 from experiments.aot.dumps import Kernel
 from experiments.aot.targets import compilers
 
@@ -135,6 +135,44 @@ def test_new_records_take_the_place_of_old_ones(tmp_path):
         "programs": [],
         "kernels": [other],
     }
+
+
+def test_bundles_of_long_kernels_may_spill_more():
+    kernel = {"memory": 0, "spills": 100, "size": 1200}
+    assert gates.failures([record(kernels={"kmeans": kernel})]) == []
+    (reason,) = gates.failures([record(kernels={"kmeans": kernel | {"spills": 101}})])
+    assert "kmeans spills 101 registers, more than 100" in reason
+
+
+def estimated(case, cycles, length=16384, steps=None):
+    found = {"kernels": {"last": {"memory": 0, "spills": 0, "size": 7}}, "floor": [197 * 10**9, 1]}
+    cycles = {"first": 5, "last": cycles}
+    return record(case=case, length=length, cycles=cycles, steps=steps, **found)
+
+
+def test_tables_show_cycles_memory_and_what_fails():
+    kernels = [
+        estimated("K-means, Hamming, an assignment", 1000),
+        estimated("centroid attention, R=1", 3000),
+        estimated("grouped attention", 0, steps=1000),  # counted: 7000
+        estimated("flash attention, its default blocks", 40000, length=8192),
+        estimated("flash attention, blocks of 512", 0),
+    ]
+    long = record(length=65536, peak=8 * 2**20)
+    programs = [record(peak=2**20), long, record(target="h100", error="no")]
+    text = tables.aot({"versions": {"jax": "1"}, "programs": programs, "kernels": kernels})
+    for line in (
+        "| grouped attention | 1000.0 (products) | 170.8 (products) | 7,000 |",
+        "| flash attention, its default blocks, T = 8192 | 1000.0 (products) "
+        "| 170.8 (products) | 40,000 |",
+        "| 10 × K-means, Hamming, an assignment + centroid attention, R=1 + grouped attention "
+        "|  |  | 20,000 |",
+        "| flash attention, its default blocks, over that sum |  |  | 8.0× |",
+        "| attention | 8 (8.0×) | fails |",
+        "| kmeans, attention | 1.0 MiB, 3 spilled | 100 registers, 3 B spilled |",
+        "- h100: attention, T=8192: does not compile: no",
+    ):
+        assert line in text.splitlines()
 
 
 def test_why_a_compiler_died():
