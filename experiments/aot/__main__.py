@@ -27,7 +27,7 @@ from rich.console import Console
 
 from experiments.aot import gates
 from experiments.aot.cases import Selection
-from experiments.aot.targets import MIB, TARGETS, compiler_versions, environment
+from experiments.aot.targets import KINDS, MIB, TARGETS, compiler_versions, environment
 from experiments.common.files import whole_file
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ PRESETS = {
 }
 
 
-def compile_all(settings: Settings, target: str, cycles: bool) -> Iterator[dict[str, Any]]:
+def compile_all(settings: Settings, target: str, kind: str) -> Iterator[dict[str, Any]]:
     """Compiles for a target, and yields the records as they come.
 
     A process that a compiler aborts loses the program at hand only: another one does the rest.
@@ -84,7 +84,7 @@ def compile_all(settings: Settings, target: str, cycles: bool) -> Iterator[dict[
             events.touch()
             job = {
                 "target": target,
-                "cycles": cycles,
+                "kind": kind,
                 "selection": dataclasses.asdict(settings.selection),
                 "only": settings.only,
                 "done": done,
@@ -97,7 +97,7 @@ def compile_all(settings: Settings, target: str, cycles: bool) -> Iterator[dict[
                 code = subprocess.run(
                     [sys.executable, "-m", "experiments.aot.worker", json.dumps(job)],
                     cwd=ROOT,
-                    env=environment(target, settings.compilers.absolute(), dumps, cycles),
+                    env=environment(target, settings.compilers.absolute(), dumps, kind),
                     stdout=output,
                     stderr=output,
                     check=False,
@@ -174,9 +174,9 @@ def run(settings: Settings, console: Console) -> list[str]:
     path = settings.output / f"jax-{major}.{minor}.json"
     programs = []
     for target in settings.targets:
-        for name in ("programs", "kernels"):
-            found = []
-            for record in compile_all(settings, target, cycles=name == "kernels"):
+        for kind in KINDS:
+            name, found = "programs" if kind == "programs" else "kernels", []
+            for record in compile_all(settings, target, kind):
                 found.append(record)
                 console.print(*show(record), sep=" | ", highlight=False, soft_wrap=True)
             store(path, versions, {"programs": [], "kernels": []} | {name: found})

@@ -131,10 +131,11 @@ def _copy_step(method: Any, size: int | None, device: Any) -> Case:
     return Case(f"copy task, {cell.label}, training step", length, step.apply, arguments)
 
 
-def kernels(target: str, selection: Selection) -> Iterator[Case]:
-    """The kernels whose cycles are estimated; each runs by itself, for one head."""
+def kernels(target: str, selection: Selection, counted: bool) -> Iterator[Case]:
+    """The kernels whose cycles are counted or estimated; each runs by itself, for one head."""
     if selection.cycles and target in TPUS and target != "v4":
-        yield from (*_kmeans(), *_centroid_attention(), *_grouped_attention(), *_flash_attention())
+        found = (*_kmeans(), *_centroid_attention(), *_grouped_attention(), *_flash_attention())
+        yield from (case for case in found if (case.steps is not None) == counted)
 
 
 def _kernel(
@@ -228,16 +229,16 @@ def _grouped_attention() -> Iterator[Case]:
 
 
 def _flash_attention() -> Iterator[Case]:
-    """What comes with JAX; small blocks at a fourth of the length, or the estimate runs away."""
+    """What comes with JAX: as long as the estimate does not run away, or counted."""
     blocks = flash.BlockSizes(block_q=512, block_k_major=512, block_k=512, block_b=1)
     chosen = partial(flash.flash_attention, block_sizes=blocks)
-    for name, length, function in (
-        ("flash attention, its default blocks", CYCLES_LENGTH // 4, flash.flash_attention),
-        ("flash attention, blocks of 512", CYCLES_LENGTH, chosen),
+    for name, length, function, steps in (
+        ("flash attention, its default blocks", CYCLES_LENGTH // 4, flash.flash_attention, None),
+        ("flash attention, blocks of 512", CYCLES_LENGTH, chosen, (CYCLES_LENGTH // 512) ** 2),
     ):
         arguments = (_of(jnp.bfloat16, 1, 1, length, CYCLES_HEAD_DIM),) * 3
         floor = (4 * length**2 * CYCLES_HEAD_DIM, 8 * length * CYCLES_HEAD_DIM)
-        yield Case(name, length, function, arguments, floor=floor)
+        yield Case(name, length, function, arguments, floor=floor, steps=steps)
 
 
 def _of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -41,6 +41,8 @@ GPUS: Mapping[str, Gpu] = {
     "b200": Gpu("NVIDIA B200", 10, 148, 128, 233472, 126 << 20, 1.965, 7672, 178),
 }
 TARGETS = (*TPUS, *GPUS)
+KINDS = ("programs", "counted", "estimated")
+"""What is compiled in a process: programs, or kernels whose cycles are counted, or estimated."""
 
 
 def gpu_config(gpu: Gpu) -> str:
@@ -81,17 +83,17 @@ def compiler_versions(folder: Path) -> dict[str, str]:
     return {name: v for name, v in sorted(versions.items()) if re.match("libtpu|jax-|nvidia", name)}
 
 
-def environment(target: str, compilers: Path, dumps: Path, cycles: bool) -> dict[str, str]:
+def environment(target: str, compilers: Path, dumps: Path, kind: str) -> dict[str, str]:
     """That of a process which compiles for a target: compilers read it once, when they start."""
     path = os.pathsep.join(filter(None, (str(compilers), os.environ.get("PYTHONPATH"))))
     env = dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS="cpu")
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if target in TPUS:
         dump = (
-            "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.* "
+            "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_hlo.* "
             f"--xla_jf_dump_to={dumps}"
         )
-        if cycles:
+        if kind == "estimated":
             dump += f" --xla_jf_dump_static_llo_profile_to={dumps}"
         return env | {
             "TPU_SKIP_MDS_QUERY": "1",

@@ -27,20 +27,20 @@ def main(job: Mapping[str, Any]) -> None:
     """Compiles what a job names.
 
     Args:
-        job: "target"; "cycles", whether to estimate these; "selection"; "only", a pattern of the
+        job: "target"; "kind", one of ``targets.KINDS``; "selection"; "only", a pattern of the
             programs wanted; "done", those to leave out; "seconds" for each; and the paths
             "events", "dumps", and "log", to which the output of this process goes.
     """
     target, folder, log = job["target"], Path(job["dumps"]), Path(job["log"])
-    if job["cycles"]:
+    if job["kind"] == "estimated":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     device = _device(target)
     selection = cases.Selection(**{k: _tuple(v) for k, v in job["selection"].items()})
-    wanted = (
-        cases.kernels(target, selection)
-        if job["cycles"]
-        else cases.programs(target, device, selection)
-    )
+    wanted = {
+        "programs": lambda: cases.programs(target, device, selection),
+        "counted": lambda: cases.kernels(target, selection, counted=True),
+        "estimated": lambda: cases.kernels(target, selection, counted=False),
+    }[job["kind"]]()
     with open(job["events"], "a", buffering=1, encoding="utf-8") as events:
 
         def say(**record: Any) -> None:
@@ -64,7 +64,7 @@ def main(job: Mapping[str, Any]) -> None:
                     output = log.read_bytes()[size:].decode(errors="replace")
                     kernels = dumps.gpu_kernels(output)
                 found["kernels"] = {key: kernel._asdict() for key, kernel in kernels.items()}
-                if job["cycles"]:
+                if job["kind"] != "programs":
                     found["cycles"] = dumps.tpu_cycles(hlo)
                     found["floor"], found["steps"] = case.floor, case.steps
                 else:
