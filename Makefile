@@ -7,7 +7,7 @@
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
 #   make aot      compile kernels and programs for TPUs and GPUs that are not there; hours on 2 cores
-#                 (PRESET=quick make aot compiles a few of them, in minutes)
+#                 (PRESET=quick make aot compiles each kernel for three of them, in minutes)
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)

@@ -169,7 +169,6 @@ def copy_task(record: Mapping[str, Any]) -> str:
 
 SECTIONS = {
     "aot/jax-0.10": aot,
-    "aot/jax-0.12": aot,
     "copy_task/results": copy_task,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,

@@ -26,7 +26,8 @@ def aot(record: Record) -> str:
     """The tables of experiments.aot."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     programs = record["programs"]
-    parts = [_cycles(record["kernels"]), _kernels(programs), _memory(programs)]
+    parts = [_cycles(record["kernels"])] if record["kernels"] else []
+    parts += [_kernels(programs), _memory(programs)] if programs else []
     parts.append(f"Compiled with {versions}.")
     failed = "\n".join(f"- {sentence}" for sentence in gates.failures(programs))
     return "\n\n".join([*parts, f"What does not hold:\n\n{failed}"] if failed else parts)
