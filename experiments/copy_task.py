@@ -37,12 +37,8 @@ from clustax.models.common import AttentionFn, sinusoids
 from clustax.models.encoder import Encoder
 from experiments.common import training
 from experiments.common.checkpoints import CheckpointError
-<<<<<<< HEAD
 from experiments.common.files import BrokenFileError, read_json, whole_file
-=======
-from experiments.common.files import whole_file
 from experiments.common.journal import revision
->>>>>>> 5abdbcec51b335096e3f8b8a79f5272e19726673
 from experiments.common.training import Optimisation, Sums, TrainingError
 from experiments.swap import shared
 

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.aot.tables import aot
+from experiments.common.markdown import markdown_table
+
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("kernels.md", "performance.md")),
+)
 RESULTS = ROOT / "experiments" / "results"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns but the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def points(share: float, interval: Sequence[float]) -> str:
@@ -366,6 +366,7 @@ def squad(record: Mapping[str, Any]) -> str:
 
 
 SECTIONS = {
+    "aot/jax-0.10": aot,
     "breakdown": breakdown,
     "copy_task/results": copy_task,
     "glue/results": glue,
@@ -395,7 +396,7 @@ def fill_in(text: str, results: Path) -> str:
         record = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
         return f"{match[1]}\n{SECTIONS[match[2]](record)}\n{match[3]}"
 
-    return re.sub(r"(<!-- results: ([\w/]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: ([\w/.-]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
