@@ -281,7 +281,6 @@ def squad(record: Mapping[str, Any]) -> str:
 
 SECTIONS = {
     "copy_task/results": copy_task,
-    "glue/results": glue,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
@@ -289,7 +288,6 @@ SECTIONS = {
     "pretrained_swap_speech_base": swap_speech,
     "pretrained_swap_speech_clips": swap_speech,
     "scaling": scaling,
-    "squad/results": squad,
 }
 
 
