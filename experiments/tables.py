@@ -369,7 +369,6 @@ SECTIONS = {
     "aot/jax-0.10": aot,
     "breakdown": breakdown,
     "copy_task/results": copy_task,
-    "glue/results": glue,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
@@ -377,7 +376,6 @@ SECTIONS = {
     "pretrained_swap_speech_base": swap_speech,
     "pretrained_swap_speech_clips": swap_speech,
     "scaling": scaling,
-    "squad/results": squad,
 }
 
 
