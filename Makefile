@@ -6,6 +6,10 @@
 #   make scaling  time and memory against exact attention and other rivals
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
+#   make glue     fine-tune on GLUE's tasks: GLUE=DIR has their folders
+#   make squad    fine-tune a reader, by folds: SQUAD=FILE is SQuAD's JSON
+#   make aot      compile kernels and programs for TPUs and GPUs that are not there; hours on 2 cores
+#                 (PRESET=quick make aot compiles each kernel for three of them, in minutes)
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
@@ -14,6 +18,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
+PRESET ?= full
 
 python := $(VENV)/bin/python
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
@@ -21,13 +26,15 @@ pytest := $(python) -m pytest -n auto
 swap := $(python) -m experiments.pretrained_swap
 results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
+# Compilers are out of JAX's sight, or it would look for their accelerators.
+compilers := $(VENV)/aot
 
 # An environment whose interpreter has gone is stale, too.
 ifneq ($(shell $(python) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(installed)
 endif
 
-.PHONY: demo speech test check format scaling pareto copy publish clean
+.PHONY: demo speech test check format scaling pareto copy glue squad aot publish clean
 
 demo: $(installed)
 	$(swap) text
@@ -57,6 +64,15 @@ pareto: $(installed)
 copy: $(installed)
 	$(python) -m experiments.copy_task cpu
 
+glue: $(installed)
+	$(python) -m experiments.glue cpu --data $(GLUE)
+
+squad: $(installed)
+	$(python) -m experiments.squad cpu --train $(SQUAD)
+
+aot: $(compilers)/.installed
+	$(python) -m experiments.aot $(PRESET) --compilers $(compilers)
+
 publish: $(installed)
 	$(swap) text --output $(results)/pretrained_swap_text
 	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
@@ -78,4 +94,10 @@ $(installed): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(python) -m pip install --quiet --upgrade pip
 	$(python) -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(compilers)/.installed: $(installed)
+	rm -rf $(compilers)
+	$(python) -m pip install --quiet --no-deps --target $(compilers) \
+	  $$($(python) -m experiments.aot.targets)
 	touch $@

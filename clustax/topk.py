@@ -23,6 +23,8 @@ def largest(x: Float[Array, "C S"], k: int) -> Int[Array, "C k"]:
     Array([[1, 3],
            [0, 1]], dtype=int32)
     """
+    if k == 0:
+        return jnp.zeros((len(x), 0), jnp.int32)
     return lax.platform_dependent(
         x,
         cpu=partial(_by_blocks, k=k, direct=_by_bisection, gain=2),
@@ -38,7 +40,7 @@ def _by_blocks(
 ) -> Int[Array, "C k"]:
     """The k largest are in the k blocks with the largest maxima, if that leaves much less to do."""
     rows, length = x.shape
-    block = 1 << max(0, round(math.log2(math.sqrt(length / max(1, k)))))
+    block = 1 << max(0, round(math.log2(math.sqrt(length / k))))
     num_blocks = -(-length // block)
     if gain * (num_blocks + k * block) > length:
         return direct(x, k)
@@ -51,7 +53,7 @@ def _by_blocks(
 
 
 def _by_sorting(x: Float[Array, "C n"], k: int) -> Int[Array, "C k"]:
-    return jnp.sort(lax.top_k(x, k)[1], axis=-1)
+    return jnp.sort(lax.top_k(x, k)[1], axis=-1).astype(jnp.int32)
 
 
 def _by_bisection(x: Float[Array, "C n"], k: int) -> Int[Array, "C k"]:
@@ -69,15 +71,16 @@ def _by_bisection(x: Float[Array, "C n"], k: int) -> Int[Array, "C k"]:
 
     above, equal = pack(x > limit), pack(x == limit)
     counts = _count(equal)
-    before = jnp.cumsum(counts, axis=0) - counts
-    room = jnp.maximum(k - jnp.sum(_count(above), axis=0) - before, 0)  # for ties, in each word
+    before = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts
+    taken = jnp.sum(_count(above), axis=0, dtype=jnp.int32)
+    room = jnp.maximum(k - taken - before, 0)  # for ties, in each word
     first = (jnp.uint32(1) << nth_bit(equal, room).astype(jnp.uint32)) - 1
     chosen = above | jnp.where(room < counts, equal & first, equal)  # W C
 
     counts = _count(chosen)
-    ends = jnp.cumsum(counts, axis=0)
+    ends = jnp.cumsum(counts, axis=0, dtype=jnp.int32)
     nth = jnp.arange(k, dtype=jnp.int32)[:, None]
-    word = jnp.sum((ends <= nth[:, None]).astype(jnp.int32), axis=1)  # k C
+    word = jnp.sum(ends <= nth[:, None], axis=1, dtype=jnp.int32)  # k C
     nth = nth - jnp.take_along_axis(ends - counts, word, axis=0)
     return (word * WORD + nth_bit(jnp.take_along_axis(chosen, word, axis=0), nth)).T
 
@@ -89,7 +92,7 @@ def kth_largest(x: Int[Array, "n C"], k: int) -> Int[Array, " C"]:
     def halve(state):
         low, high, _ = state
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # the mean, rounded up
-        count = jnp.sum((x >= middle).astype(jnp.int32), axis=0)
+        count = jnp.sum(x >= middle, axis=0, dtype=jnp.int32)
         low = jnp.where(count >= k, middle, low)
         high = jnp.where(count == k, middle, jnp.where(count > k, high, middle - 1))
         return low, high, jnp.any(low < high)

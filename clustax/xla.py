@@ -147,8 +147,7 @@ def attend_head(
 
     ranks = lax.stop_gradient(rank_keys(logits, subclusters.share))  # C S
     index = largest(ranks, topk)  # C k
-    # Fused with the gathers of keys, this one would be made anew for each of their numbers.
-    tile_index = lax.optimization_barrier(index[tiles.cluster])  # L k
+    tile_index = index[tiles.cluster]  # L k
     tile_keys = jax.tree.map(lambda x: x[tile_index], keys)  # L k …
     top = attend_keys(attention_logits(queries, tile_keys, scale), tile_keys.value)  # L M …
     if topk == len(keys.key):

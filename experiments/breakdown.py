@@ -67,8 +67,8 @@ STAGE_OF = (
     ("attend_head", "logsumexp(top_logits", CENTROIDS),
     ("attend_head", "index[tiles.cluster]", RECOMPUTE),
     ("attend_head", "x[tile_index]", RECOMPUTE),
-    ("attend_head", "attention_logits(queries", RECOMPUTE),
     ("attend_head", "mean.at[assignment]", UNSORT),
+    ("attend_head", "attention_logits(queries", RECOMPUTE),
     ("attend_head", "empty_tiles(", UNSORT),
     ("attend_head", "sigmoid(", UNSORT),
 )

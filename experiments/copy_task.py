@@ -12,7 +12,6 @@ A run that was killed goes on where it was when it is started again.
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from clustax.models.encoder import Encoder
 from experiments.common import training
 from experiments.common.checkpoints import CheckpointError
 from experiments.common.files import BrokenFileError, read_json, whole_file
+from experiments.common.journal import revision
 from experiments.common.training import Optimisation, Sums, TrainingError
 from experiments.swap import shared
 
@@ -357,18 +357,6 @@ def run_cell(settings: Settings, cell: Cell, commit: str, progress: Progress) ->
 
 
 TRAINED_WITH = ("model", "attentions", "optimisation")
-
-
-def revision() -> str:
-    """The commit that this code is of; with "-dirty" where it was changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 class Accuracies:

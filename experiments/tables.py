@@ -9,15 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.aot.tables import aot
+from experiments.common.markdown import markdown_table
+
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("kernels.md", "performance.md")),
+)
 RESULTS = ROOT / "experiments" / "results"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns but the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+def points(share: float, interval: Sequence[float]) -> str:
+    """A difference in points, and its interval."""
+    low, high = interval
+    return f"{100 * share:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
 
 
 def swap_text(record: Mapping[str, Any]) -> str:
@@ -67,13 +73,12 @@ def swap_speech(record: Mapping[str, Any]) -> str:
     )
     rows = []
     for row in record["scores"]:
-        low, high = (100 * end for end in row["difference_interval"])
         rows.append(
             (
                 row["attention"],
                 *("" if row[size] is None else str(row[size]) for size in ("num_clusters", "topk")),
                 f"{row['word_error_rate']:.1%}",
-                f"{100 * row['difference']:+.1f} ({low:+.1f}, {high:+.1f})",
+                points(row["difference"], row["difference_interval"]),
                 f"{row['equal_texts']:.1%}",
                 str(row["endless"]),
                 f"{row['encoder_cosine']:.3f}",
@@ -257,7 +262,112 @@ def copy_task(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{caption}"
 
 
+def glue(record: Mapping[str, Any]) -> str:
+    """The tables of experiments.glue: all texts, and those that are long enough to be changed."""
+    found: dict[tuple[str, str, str], dict[str, list[Mapping[str, Any]]]] = {}
+    tasks: dict[str, Mapping[str, Any]] = {}
+    for model in record["models"]:
+        for row in model["rows"]:
+            task = model["task"] if row["set"] == "dev" else f"{model['task']} {row['set']}"
+            tasks[task] = {**row, "data": model["data"], "about": model["task"]}
+            key = (model["trained_with"], row["attention"], str(row["num_clusters"] or ""))
+            found.setdefault(key, {}).setdefault(task, []).append(row)
+    whole, part = [], []
+    for key, by_task in found.items():
+        cells, changed = [], []
+        for task in tasks:
+            rows = by_task.get(task, [])
+            cells.append(_score(rows))
+            changed.append(_change(rows))
+        whole.append((*key, *cells))
+        if any(changed):
+            part.append((*key, *changed))
+    for row in record["published"]:
+        cells = [f"{row['scores'][each['about']]:.1%}" for each in tasks.values()]
+        size = str(row["num_clusters"] or "")
+        whole.append(("RoBERTa, published", row["attention"], size, *cells))
+    header = ("trained with", "attention", "C")
+    metrics = [f"{task}, {next(iter(row['scores']))}" for task, row in tasks.items()]
+    data = "; ".join(
+        f"{task}: {row['data']['train']} to train on, {row['examples']} of "
+        f"{row['data']['mean_tokens'][row['set']]:.0f} tokens on average to score"
+        f"{', not the split of GLUE' if row['data']['own_split'] else ''}"
+        for task, row in tasks.items()
+    )
+    settings = record["settings"]
+    how = settings["tuning"]
+    most = f", but {how['max_tokens']} tokens at the most" if how["max_tokens"] else ""
+    caption = (
+        f"{record['pretrained']['name']}, k = {settings['topk']}, {how['epochs']:g} epochs{most}; "
+        f"seeds {settings['seeds']}. {data}. On {record['device']}, jax "
+        f"{record['versions']['jax']}{_left(record)}."
+    )
+    return "\n\n".join(
+        (
+            markdown_table((*header, *metrics), whole),
+            "The texts that are too long to be exact by design, points to exact attention:",
+            markdown_table((*header, *tasks), part),
+            caption,
+        )
+    )
+
+
+def _score(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The mean score over the seeds; of a single one with the interval of the points to exact."""
+    if not rows:
+        return ""
+    mean = sum(next(iter(row["scores"].values())) for row in rows) / len(rows)
+    if len(rows) > 1 or rows[0]["num_clusters"] is None:
+        return f"{mean:.1%}"
+    low, high = (100 * end for end in rows[0]["difference_interval"])
+    return f"{mean:.1%} ({low:+.1f}, {high:+.1f})"
+
+
+def _change(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The points to exact attention where a text is changed, of the first seed, and how many."""
+    if not rows or not rows[0]["approximated"]:
+        return ""
+    row = rows[0]
+    change = points(row["difference_of_approximated"], row["interval_of_approximated"])
+    return f"{change} of {row['approximated']}"
+
+
+def _left(record: Mapping[str, Any]) -> str:
+    """What is missing in results that were written before all was done."""
+    return f"; not run yet: {', '.join(record['left'])}" if record["left"] else ""
+
+
+def squad(record: Mapping[str, Any]) -> str:
+    """The table of experiments.squad."""
+    header = ("attention", "C", "k", "EM", "F1", "points of F1 to exact (95 %)", "equal answers")
+    rows = [
+        (
+            row["attention"],
+            *("" if row[size] is None else str(row[size]) for size in ("num_clusters", "topk")),
+            f"{row['exact_match']:.1%}",
+            f"{row['f1']:.1%}",
+            points(row["difference"], row["difference_interval"]),
+            f"{row['equal_answers']:.1%}",
+        )
+        for row in record["rows"]
+    ]
+    for row in record["published"]:
+        size = str(row["num_clusters"] or "")
+        name = f"RoBERTa, {row['attention']}, published"
+        rows.append((name, size, "", "", f"{row['f1']:.1%}", "", ""))
+    data, how = record["data"], record["settings"]["tuning"]
+    trained = " and ".join(map(str, data["trained_on"]))
+    caption = (
+        f"{record['pretrained']['name']}, trained on {trained} questions for {how['epochs']:g} "
+        f"epochs; {data['questions']} questions on {data['contexts']} contexts, "
+        f"{data['windows']} windows of {data['mean_tokens']:.0f} tokens on average. On "
+        f"{record['device']}, jax {record['versions']['jax']}{_left(record)}."
+    )
+    return f"{markdown_table(header, rows)}\n\n{caption}"
+
+
 SECTIONS = {
+    "aot/jax-0.10": aot,
     "breakdown": breakdown,
     "copy_task/results": copy_task,
     "pareto": pareto,
@@ -285,7 +395,7 @@ def fill_in(text: str, results: Path) -> str:
         record = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
         return f"{match[1]}\n{SECTIONS[match[2]](record)}\n{match[3]}"
 
-    return re.sub(r"(<!-- results: ([\w/]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: ([\w/.-]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:

@@ -72,3 +72,7 @@ def test_doubles_are_told_apart_where_floats_are_not():
     with jax.enable_x64(True):
         x = jnp.asarray([[1.0, 1.0 + 1e-12, 1.0 - 1e-12, 0.5]])
         assert topk.largest(x, 1).tolist() == [[1]]
+
+
+def test_none_are_asked_for():
+    assert topk.largest(jnp.ones((3, 4)), 0).shape == (3, 0)

@@ -114,8 +114,8 @@ def hamming(
     """
     del num_bits  # bits that are not used are alike, and change no distance
     words = lax.bitcast_convert_type(jnp.swapaxes(codes, 1, 2), jnp.int32)
-    metric = _hamming(start.shape[1], WORD * codes.shape[2])
-    return _lloyd(metric, words, start, valid, num_iterations, blocks)
+    metric = hamming_metric(start.shape[1], WORD * codes.shape[2])
+    return lloyd(metric, words, _starts(words, start), valid, num_iterations, blocks)
 
 
 def euclidean(
@@ -132,9 +132,13 @@ def euclidean(
     """
     if points.dtype != jnp.bfloat16:
         points = points.astype(jnp.float32)
-    metric = _euclidean(start.shape[1], points.shape[2])
+    metric = euclidean_metric(start.shape[1], points.shape[2])
     points = jnp.swapaxes(points, 1, 2)
-    return _lloyd(metric, points, start, valid, num_iterations, blocks)
+    return lloyd(metric, points, _starts(points, start), valid, num_iterations, blocks)
+
+
+def _starts(points: Shaped[Array, "G R T"], start: Int[Array, "G C"]) -> Shaped[Array, "G R C"]:
+    return jnp.take_along_axis(points, start[:, None], axis=2)
 
 
 class Metric(NamedTuple):
@@ -157,7 +161,7 @@ class Metric(NamedTuple):
     update: Callable[[Array, Array], Array]
 
 
-def _hamming(num_clusters: int, dim: int) -> Metric:
+def hamming_metric(num_clusters: int, dim: int) -> Metric:
     """Scores are distance · scale + index: one minimum finds both."""
     scale = _power_of_two(num_clusters)
 
@@ -177,7 +181,7 @@ def _hamming(num_clusters: int, dim: int) -> Metric:
     return Metric(dim, 1, _unpack_bits, probe, nearest, update)
 
 
-def _euclidean(num_clusters: int, dim: int) -> Metric:
+def euclidean_metric(num_clusters: int, dim: int) -> Metric:
     """Scores are |c|² - 2 x·c, as |x|² is the same for all."""
 
     def probe(centroids):
@@ -209,16 +213,17 @@ def _unpack_bits(words: Int[Array, "W n"]) -> Float[Array, "bits n"]:
     return jnp.concatenate([pltpu.bitcast(pair, jnp.bfloat16) for pair in pairs])
 
 
-def _lloyd(
+def lloyd(
     metric: Metric,
     points: Shaped[Array, "G R T"],
-    start: Int[Array, "G C"],
+    starts: Shaped[Array, "G R C"],
     valid: Bool[Array, "G T"],
     num_iterations: int,
-    blocks: KmeansBlocks | None,
+    blocks: KmeansBlocks | None = None,
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
+    """Clusters points as memory holds them, from those that start the centroids."""
     num_heads, width, length = points.shape
-    num_clusters = start.shape[1]
+    num_clusters = starts.shape[2]
     columns = round_up(num_clusters, PACKED)
     interpret = kernels.interpret.value is not None
     if blocks is None:
@@ -230,7 +235,6 @@ def _lloyd(
     num_blocks = -(-length // size)
     padding = ((0, 0), (0, 0), (0, num_blocks * size - length))
 
-    starts = jnp.take_along_axis(points, start[:, None], axis=2)
     starts = jnp.pad(starts, ((0, 0), (0, 0), (0, columns - num_clusters)))
     points = jnp.pad(jnp.where(valid[:, None], points, 0), padding)
     valid = jnp.pad(valid[:, None].astype(jnp.int32), padding)

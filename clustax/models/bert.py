@@ -3,6 +3,7 @@
 Shapes: B batch, T length, D hidden size, N heads, H head dim.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -276,7 +277,11 @@ class BertForSequenceClassification(Swappable):
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B labels"]:
         """Returns the logits of each sequence's class; arguments are as for `Bert`."""
-        pooled = jnp.tanh(self.pooler(self.bert(tokens, lengths, token_types)[:, 0]))
+        return self.classify(self.bert(tokens, lengths, token_types))
+
+    def classify(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B labels"]:
+        """The head alone, on the encoder's states."""
+        pooled = jnp.tanh(self.pooler(hidden[:, 0]))
         return self.classifier(self.dropout(pooled))
 
 
@@ -318,8 +323,12 @@ class BertForQuestionAnswering(Swappable):
         Those of padded positions are the lowest finite number: they get probability 0, and make no
         loss a NaN, as -inf would.
         """
-        logits = self.qa_outputs(self.bert(tokens, lengths, token_types))
-        valid = valid_positions(lengths, tokens.shape[1])[..., None]
+        return self.locate(self.bert(tokens, lengths, token_types), lengths)
+
+    def locate(self, hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> SpanLogits:
+        """The head alone, on the encoder's states."""
+        logits = self.qa_outputs(hidden)
+        valid = valid_positions(lengths, hidden.shape[1])[..., None]
         logits = jnp.where(valid, logits, jnp.finfo(logits.dtype).min)
         return SpanLogits(logits[..., 0], logits[..., 1])
 
@@ -423,6 +432,31 @@ def load(
     stored = weights.read_safetensors(file)
     tensors = {name: stored[found] for name, found in _tensor_names(stored, file).items()}
     return weights.load(make, tensors, lambda p: _place(p, config.model_type), file, rngs)
+
+
+BertOrHead = Bert | BertForSequenceClassification | BertForQuestionAnswering | BertForMaskedLM
+
+
+def save(model: BertOrHead, path: str | Path) -> None:
+    """Writes a model as the files of Hugging Face that `load` reads; needs the package safetensors.
+
+    >>> save(classifier, "bert-sst2")  # doctest: +SKIP
+
+    Args:
+        model: an encoder, or one with a head; its attention is not part of the files.
+        path: the folder, made if it is not there, of model.safetensors and config.json.
+    """
+    config = (model if isinstance(model, Bert) else model.bert).config
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = dataclasses.asdict(config) | {name: served[0] for name, served in _SERVED.items()}
+    entries["model_type"] = config.model_type
+    if isinstance(model, BertForSequenceClassification):
+        entries["num_labels"] = model.classifier.out_features
+    text = json.dumps(entries, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    file = folder / weights.SAFETENSORS[0]
+    weights.save(model, lambda p: _place(p, config.model_type), file)
 
 
 def _tensor_names(names: Collection[str], file: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Pretrained weights: where their files are, and how they get into a model."""
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,13 +56,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     Raises:
         FileNotFoundError: if a file of the index is not beside it; the message names all of them.
     """
-    try:
-        from safetensors.flax import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"{path} needs the package safetensors: pip install safetensors."
-        ) from error
-
+    load_file = _safetensors(path).load_file
     if path.suffix != ".json":
         return load_file(path)
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -124,3 +119,28 @@ def load(
             module.rngs = rngs.dropout.fork()  # Its random state was a shape only, too.
     model.eval()
     return model
+
+
+def save(model: nnx.Module, place: Callable[[tuple[Any, ...]], Place], path: Path) -> None:
+    """Writes the weights of a model where `load` finds them; needs the package safetensors.
+
+    Args:
+        model: whose weights.
+        place: maps a parameter, given as its path in the model, to its tensor, of which it is all.
+        path: the file.
+    """
+    tensors = {}
+    for parameter, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
+        value = variable.get_value()
+        # A transposed view would be written in the order of what it is a view of.
+        tensors[place(parameter).name] = jnp.array(value.T if parameter[-1] == "kernel" else value)
+    _safetensors(path).save_file(tensors, path)
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return importlib.import_module("safetensors.flax")
+    except ImportError as error:
+        raise ImportError(
+            f"{path} needs the package safetensors: pip install safetensors."
+        ) from error

@@ -93,6 +93,15 @@ class Checkpoints:
                 f"{_line(error)}. Make room, and start again to go on from the one before."
             ) from error
 
+    def forget_after(self, step: int) -> None:
+        """Removes the states of later steps, which are made again.
+
+        Args:
+            step: the last that counts.
+        """
+        for later in [other for other in self._manager.all_steps() if other > step]:
+            self._manager.delete(later)
+
     def __enter__(self) -> Self:
         self._silence = ExitStack()
         self._silence.enter_context(_only_raised())

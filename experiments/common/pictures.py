@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -63,3 +64,18 @@ def draw_costs(axes: Axes, tried: Iterable[Tried], exact_operations: int) -> Non
     axes.set(xscale="log", xlabel="multiply-adds of a head", ylabel="relative error")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The "difference" of rows to exact attention in points, and how far their intervals reach.
+
+    Args:
+        rows: of results, with "difference" and "difference_interval".
+
+    Returns:
+        (rows,) and (2, rows), as `Axes.errorbar` takes them.
+    """
+    middle = np.array([100 * row["difference"] for row in rows])
+    low, high = 100 * np.array([row["difference_interval"] for row in rows]).T
+    # A bootstrap's interval need not hold the value itself.
+    return middle, np.maximum(0, [middle - low, high - middle])

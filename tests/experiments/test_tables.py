@@ -201,3 +201,77 @@ def test_copy_task_table_has_the_means_and_marks_what_is_solved():
     assert table[0] == "| attention | N = 64 |"
     assert table[2:4] == ["| full | **99.6%** |", "| lsh-2 | 37.5% |"]
     assert "commit 012345678." in table[-1]
+
+
+def test_glue_tables_have_all_texts_and_those_that_are_changed():
+    row = {
+        "set": "dev",
+        "attention": "improved (paper)",
+        "num_clusters": 25,
+        "topk": 32,
+        "examples": 800,
+        "scores": {"accuracy": 0.8125, "f1": 0.5},
+        "difference": -0.0125,
+        "difference_interval": [-0.03, 0.001],
+        "approximated": 70,
+        "difference_of_approximated": -0.14,
+        "interval_of_approximated": [-0.2, -0.1],
+    }
+    exact = row | {"attention": "exact", "num_clusters": None, "approximated": 0}
+    data = {"train": 9, "mean_tokens": {"dev": 40.4}, "own_split": True}
+    models = [
+        {"task": task, "trained_with": "exact", "data": data, "rows": [exact, row]}
+        for task in ("MRPC", "RTE")
+    ]
+    models[0] = models[0] | {"rows": [exact]}  # The other has not been run.
+    record = {
+        "models": models,
+        "left": ["x"],
+        "published": [
+            {"attention": "exact", "num_clusters": None, "scores": {"MRPC": 0.9, "RTE": 0.7}}
+        ],
+        "settings": {"topk": 32, "seeds": [0], "tuning": {"epochs": 3.0, "max_tokens": 99}},
+        "pretrained": {"name": "MiniLM"},
+        "device": "cpu",
+        "versions": {"jax": "1"},
+    }
+    lines = tables.glue(record).splitlines()
+    assert lines[0] == "| trained with | attention | C | MRPC, accuracy | RTE, accuracy |"
+    assert lines[2] == "| exact | exact |  | 81.2% | 81.2% |"
+    assert lines[3] == "| exact | improved (paper) | 25 |  | 81.2% (-3.0, +0.1) |"
+    assert lines[4] == "| RoBERTa, published | exact |  | 90.0% | 70.0% |"
+    assert "| exact | improved (paper) | 25 |  | -14.0 (-20.0, -10.0) of 70 |" in lines
+    assert "RTE: 9 to train on, 800 of 40 tokens on average to score, not the" in lines[-1]
+    assert lines[-1].endswith("jax 1; not run yet: x.")
+    models.append(models[1] | {"rows": [exact, row | {"scores": {"accuracy": 0.8}}]})
+    assert "| exact | improved (paper) | 25 |  | 80.6% |" in tables.glue(record)
+
+
+def test_squad_table():
+    row = {
+        "attention": "improved (default)",
+        "num_clusters": 25,
+        "topk": 32,
+        "exact_match": 0.1,
+        "f1": 0.25,
+        "difference": 0.0015,
+        "difference_interval": [-0.01, 0.02],
+        "equal_answers": 0.9,
+    }
+    data = {"questions": 600, "contexts": 120, "windows": 617, "mean_tokens": 178.4}
+    record = {
+        "rows": [row],
+        "left": [],
+        "published": [{"attention": "exact", "num_clusters": None, "f1": 0.904}],
+        "data": data | {"trained_on": [400, 401]},
+        "settings": {"tuning": {"epochs": 4.0}},
+        "pretrained": {"name": "MiniLM"},
+        "device": "cpu",
+        "versions": {"jax": "1"},
+    }
+    lines = tables.squad(record).splitlines()
+    assert lines[2] == (
+        "| improved (default) | 25 | 32 | 10.0% | 25.0% | +0.1 (-1.0, +2.0) | 90.0% |"
+    )
+    assert lines[3] == "| RoBERTa, exact, published |  |  |  | 90.4% |  |  |"
+    assert lines[-1].startswith("MiniLM, trained on 400 and 401 questions for 4 epochs; 600 quest")

@@ -20,6 +20,7 @@ from clustax.models.bert import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     load,
+    save,
 )
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -431,6 +432,32 @@ def test_split_files(tmp_path, files):
     with pytest.raises(FileNotFoundError, match="must hold all files that it lists") as error:
         load(tmp_path)
     assert all(f"part-{i}.safetensors is missing" in str(error.value) for i in range(files))
+
+
+@pytest.mark.parametrize("entries", [{}, ROBERTA])
+@pytest.mark.parametrize(
+    "head", [None, BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM]
+)
+def test_saved_models_are_loaded_as_they_were(tmp_path, entries, head):
+    config = replace(CONFIG, **entries)
+    model = Bert(config, rngs=nnx.Rngs(0))
+    if head is BertForSequenceClassification:
+        model = head(model, num_labels=3, rngs=nnx.Rngs(1))
+    elif head is not None:
+        model = head(model, rngs=nnx.Rngs(1))
+    save(model, tmp_path / "new")
+    loaded = load(tmp_path / "new", head) if head else load(tmp_path / "new")
+
+    assert (loaded if head is None else loaded.bert).config == replace(
+        config, num_labels=3 if head is BertForSequenceClassification else 2
+    )
+    state, expected = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (loaded, model))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    stored = safetensors_numpy.load_file(tmp_path / "new" / "model.safetensors")
+    kernel = expected if head is None else expected["bert"]
+    kernel = kernel["encoder"]["layers"][0]["feed_forward"]["intermediate"]["kernel"]
+    name = "encoder.layer.0.intermediate.dense.weight"
+    np.testing.assert_array_equal(stored[name], kernel.T)
 
 
 def test_a_file_can_be_named_itself(folder):
