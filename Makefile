@@ -9,7 +9,7 @@
 #   make glue     fine-tune on GLUE's tasks: GLUE=DIR has their folders
 #   make squad    fine-tune a reader, by folds: SQUAD=FILE is SQuAD's JSON
 #   make aot      compile kernels and programs for TPUs and GPUs that are not there; hours on 2 cores
-#                 (PRESET=quick make aot compiles each kernel for three of them, in minutes)
+#                 (PRESET=quick make aot compiles each kernel for two of them, in minutes)
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
 #                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
