@@ -35,7 +35,6 @@ from rich.table import Table
 from clustax import ClusteredAttention
 from experiments.common.files import whole_file
 from experiments.common.timing import Times
-from experiments.scaling import with_gradient
 from experiments.swap import shared
 
 HASH, KMEANS, TILES = "hash", "K-means", "tiles and pool"
@@ -43,7 +42,6 @@ CENTROIDS, SELECT, RECOMPUTE = "centroid attention", "select", "recompute"
 UNSORT, REST = "merge and un-sort", "rest"
 STAGES = (HASH, KMEANS, TILES, CENTROIDS, SELECT, RECOMPUTE, UNSORT, REST)
 """In their order; the rest is copies between layouts, and what stands between the loops."""
-PASSES = ("forward", "forward and backward")
 
 STAGE_OF = (
     # A function of clustax, what its line must contain that leads to the instruction, the stage.
@@ -139,9 +137,8 @@ class Floor(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One stage of one pass at one length."""
+    """One stage at one length."""
 
-    measured: str  # one of PASSES
     length: int
     stage: str
     seconds: float  # median over the profiled runs
@@ -157,16 +154,15 @@ class Instruction(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """One pass at one length."""
+    """All stages at one length."""
 
-    measured: str
     length: int
     times: Times  # without the profiler
     profiled_seconds: float  # median with it
     instructions: list[tuple[float, Instruction]]  # seconds of each with it, the longest first
 
 
-def work_of(settings: Settings, length: int, with_gradient: bool) -> dict[str, Work]:
+def work_of(settings: Settings, length: int) -> dict[str, Work]:
     """What each stage has to do, for all heads."""
     attention = settings.clustered
     heads, dim, clusters = settings.heads, settings.head_dim, settings.clusters
@@ -185,26 +181,15 @@ def work_of(settings: Settings, length: int, with_gradient: bool) -> dict[str, W
     if attention.space == "logit":  # covariance and product with its factor
         squares = prepare.multiply_adds + 2 * length * dim**2
         prepare = prepare._replace(multiply_adds=squares, moved_bytes=prepare.moved_bytes + rows)
-    differentiable = {
-        TILES: Work(moved_bytes=2 * rows),
-        CENTROIDS: Work(logits * dim + clusters * length * dim, logits, moved_bytes=2 * rows),
-        RECOMPUTE: Work(2 * length * settings.topk * dim, length * settings.topk),
-        UNSORT: Work(moved_bytes=rows),
-    }
-    if with_gradient:
-        # A product has two in its gradient, and what is read is written, or the other way round.
-        differentiable = {
-            stage: work._replace(
-                multiply_adds=3 * work.multiply_adds, moved_bytes=2 * work.moved_bytes
-            )
-            for stage, work in differentiable.items()
-        }
     parts = {
         HASH: prepare,
         KMEANS: kmeans,
+        TILES: Work(moved_bytes=2 * rows),
+        CENTROIDS: Work(logits * dim + clusters * length * dim, logits, moved_bytes=2 * rows),
         SELECT: Work(compared_words=clusters * length),
+        RECOMPUTE: Work(2 * length * settings.topk * dim, length * settings.topk),
+        UNSORT: Work(moved_bytes=rows),
         REST: Work(),
-        **differentiable,
     }
     return {stage: Work(*(heads * amount for amount in parts[stage])) for stage in STAGES}
 
@@ -414,58 +399,57 @@ def in_stages(
 
 def measure(
     settings: Settings, length: int, rates: Work, advance: Callable[[], None]
-) -> tuple[list[Part], list[Whole]]:
-    """Times the stages of both passes at one length."""
+) -> tuple[list[Part], Whole]:
+    """Times the stages at one length."""
     shape = (3, 1, length, settings.heads, settings.head_dim)
     arrays = np.random.default_rng(settings.seed).normal(size=shape).astype(np.float32)
     inputs = [jnp.asarray(array) for array in arrays]
-    parts, wholes = [], []
-    for measured in PASSES:
-        backward = measured != PASSES[0]
-        attention: Callable[..., Any] = settings.clustered
-        function = with_gradient(attention) if backward else attention
-        program = jax.jit(function).lower(*inputs).compile()
-        instructions = instructions_of(program.as_text())
+    program = jax.jit(settings.clustered).lower(*inputs).compile()
+    instructions = instructions_of(program.as_text())
 
-        def run(program: Callable[..., Any] = program) -> None:
-            jax.block_until_ready(program(*inputs))
+    def run() -> None:
+        jax.block_until_ready(program(*inputs))
 
+    run()
+    seconds, profiled = [], []
+    for _ in range(settings.rounds):
+        profiled.append(profile(run, instructions))
         run()
-        seconds, profiled = [], []
-        for _ in range(settings.rounds):
-            profiled.append(profile(run, instructions))
-            run()
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-            advance()
-        work = work_of(settings, length, backward)
-        by_stage = [in_stages(found, instructions) for found in profiled]
-        for stage in STAGES:
-            median = statistics.median(found[stage] for found in by_stage)
-            parts.append(Part(measured, length, stage, median, floor_of(work[stage], rates)))
-        median = statistics.median(sum(found.values()) for found in profiled)
-        longest = sorted(profiled[-1].items(), key=lambda item: -item[1])
-        named = [(taken, instructions[name]) for name, taken in longest if name]
-        wholes.append(Whole(measured, length, Times(tuple(seconds)), median, named))
-    return parts, wholes
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+        advance()
+    work = work_of(settings, length)
+    by_stage = [in_stages(found, instructions) for found in profiled]
+    parts = [
+        Part(
+            length,
+            stage,
+            statistics.median(found[stage] for found in by_stage),
+            floor_of(work[stage], rates),
+        )
+        for stage in STAGES
+    ]
+    median = statistics.median(sum(found.values()) for found in profiled)
+    longest = sorted(profiled[-1].items(), key=lambda item: -item[1])
+    named = [(taken, instructions[name]) for name, taken in longest if name]
+    return parts, Whole(length, Times(tuple(seconds)), median, named)
 
 
-def make_table(parts: Sequence[Part], wholes: Sequence[Whole], measured: str) -> Table:
+def make_table(parts: Sequence[Part], wholes: Sequence[Whole]) -> Table:
     """Milliseconds of each stage, and of its floor."""
-    table = Table(title=f"Milliseconds, {measured}, and the least possible")
+    table = Table(title="Milliseconds, forward, and the least possible")
     table.add_column("")
-    mine = [whole for whole in wholes if whole.measured == measured]
-    for whole in mine:
+    for whole in wholes:
         table.add_column(f"T = {whole.length}", justify="right")
     table.add_column("bound by")
     for stage in STAGES:
-        row = [part for part in parts if (part.measured, part.stage) == (measured, stage)]
+        row = [part for part in parts if part.stage == stage]
         cells = (f"{1000 * part.seconds:.2f} / {1000 * part.floor.seconds:.2f}" for part in row)
         table.add_row(stage, *cells, row[-1].floor.bound)
     for name, seconds in (
-        ("sum, with profiler", [whole.profiled_seconds for whole in mine]),
-        ("whole, without", [whole.times.median for whole in mine]),
+        ("sum, with profiler", [whole.profiled_seconds for whole in wholes]),
+        ("whole, without", [whole.times.median for whole in wholes]),
     ):
         table.add_row(name, *(f"{1000 * each:.2f}" for each in seconds))
     return table
@@ -473,29 +457,24 @@ def make_table(parts: Sequence[Part], wholes: Sequence[Whole], measured: str) ->
 
 def draw(settings: Settings, parts: Sequence[Part], wholes: Sequence[Whole]) -> Figure:
     """Draws the stages of each length on top of each other, and their floor beside them."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     places = np.arange(len(settings.lengths))
-    for axes, measured in zip(panels, PASSES, strict=True):
-        bottom, floor = np.zeros(len(places)), np.zeros(len(places))
-        for number, stage in enumerate(STAGES):
-            mine = [part for part in parts if (part.measured, part.stage) == (measured, stage)]
-            times, least = (
-                np.array(values) * 1e6 / settings.lengths
-                for values in (
-                    [part.seconds for part in mine],
-                    [part.floor.seconds for part in mine],
-                )
-            )
-            axes.bar(places - 0.2, times, 0.38, bottom, color=f"C{number}", label=stage)
-            axes.bar(places + 0.2, least, 0.38, floor, color=f"C{number}")
-            bottom, floor = bottom + times, floor + least
-        whole = [each.times.median for each in wholes if each.measured == measured]
-        plain = np.array(whole) * 1e6 / settings.lengths
-        axes.plot(places - 0.2, plain, "k_", markersize=18, label="whole, without profiler")
-        axes.set(title=measured, xlabel="sequence length T", ylabel="µs for each position")
-        axes.set_xticks(places, [str(length) for length in settings.lengths])
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].legend(fontsize=8, title="left: time, right: its floor")
+    bottom, floor = np.zeros(len(places)), np.zeros(len(places))
+    for number, stage in enumerate(STAGES):
+        mine = [part for part in parts if part.stage == stage]
+        times, least = (
+            np.array(values) * 1e6 / settings.lengths
+            for values in ([part.seconds for part in mine], [part.floor.seconds for part in mine])
+        )
+        axes.bar(places - 0.2, times, 0.38, bottom, color=f"C{number}", label=stage)
+        axes.bar(places + 0.2, least, 0.38, floor, color=f"C{number}")
+        bottom, floor = bottom + times, floor + least
+    plain = np.array([each.times.median for each in wholes]) * 1e6 / settings.lengths
+    axes.plot(places - 0.2, plain, "k_", markersize=18, label="whole, without profiler")
+    axes.set(title="Forward", xlabel="sequence length T", ylabel="µs for each position")
+    axes.set_xticks(places, [str(length) for length in settings.lengths])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, title="left: time, right: its floor")
     return figure
 
 
@@ -511,7 +490,6 @@ def make_record(
         rates_per_second=rates._asdict(),
         parts=[
             {
-                "measured": part.measured,
                 "length": part.length,
                 "stage": part.stage,
                 "seconds": part.seconds,
@@ -522,7 +500,6 @@ def make_record(
         ],
         wholes=[
             {
-                "measured": whole.measured,
                 "length": whole.length,
                 "median_seconds": whole.times.median,
                 "quartiles_seconds": whole.times.quartiles,
@@ -546,17 +523,14 @@ def run(settings: Settings, console: Console) -> None:
     wholes: list[Whole] = []
     with Progress(console=console) as progress:
         for length in settings.lengths:
-            task = progress.add_task(f"T = {length}", total=len(PASSES) * settings.rounds)
+            task = progress.add_task(f"T = {length}", total=settings.rounds)
             found = measure(settings, length, rates, lambda task=task: progress.advance(task))
             parts += found[0]
-            wholes += found[1]
-    for measured in PASSES:
-        console.print(make_table(parts, wholes, measured))
-    for whole in wholes[-len(PASSES) :] if settings.listed else ():
-        console.print(f"T = {whole.length}, {whole.measured}:")
-        for seconds, each in whole.instructions[: settings.listed]:
-            text = f"{1000 * seconds:9.2f} ms  {each.stage:18}  {each.opcode:20}  {each.line}"
-            console.print(text, highlight=False, markup=False, no_wrap=True)
+            wholes.append(found[1])
+    console.print(make_table(parts, wholes))
+    for seconds, each in wholes[-1].instructions[: settings.listed]:
+        text = f"{1000 * seconds:9.2f} ms  {each.stage:18}  {each.opcode:20}  {each.line}"
+        console.print(text, highlight=False, markup=False, no_wrap=True)
     with whole_file(Path(f"{settings.output}.png")) as path:
         draw(settings, parts, wholes).savefig(path, dpi=110)
     with whole_file(Path(f"{settings.output}.json")) as path:

@@ -158,38 +158,28 @@ def scaling(record: Mapping[str, Any]) -> str:
 
 
 def breakdown(record: Mapping[str, Any]) -> str:
-    """The tables of experiments.breakdown, one a pass: the time of each stage, and its floor."""
-    settings = record["settings"]
-    parts = []
-    for measured in dict.fromkeys(whole["measured"] for whole in record["wholes"]):
-        stages: dict[str, list[Any]] = {}
-        for part in record["parts"]:
-            if part["measured"] == measured:
-                stages.setdefault(part["stage"], []).append(part)
-        rows = [
-            (
-                stage,
-                *(
-                    f"{1000 * each['seconds']:.1f} / {1000 * each['floor_seconds']:.1f}"
-                    for each in found
-                ),
-                found[-1]["bound"],
-            )
-            for stage, found in stages.items()
-        ]
-        wholes = [whole for whole in record["wholes"] if whole["measured"] == measured]
-        floors = [
-            sum(part["floor_seconds"] for part in column)
-            for column in zip(*stages.values(), strict=True)
-        ]
-        for name, seconds in (
-            ("all, with the profiler", [whole["profiled_seconds"] for whole in wholes]),
-            ("all, without it", [whole["median_seconds"] for whole in wholes]),
-            ("floor of all", floors),
-        ):
-            rows.append((name, *(f"{1000 * each:.1f}" for each in seconds), ""))
-        header = (measured, *(f"T = {whole['length']}" for whole in wholes), "bound by")
-        parts.append(markdown_table(header, rows))
+    """The table of experiments.breakdown: the time of each stage, and its floor."""
+    settings, wholes = record["settings"], record["wholes"]
+    stages: dict[str, list[Any]] = {}
+    for part in record["parts"]:
+        stages.setdefault(part["stage"], []).append(part)
+    rows = [
+        (
+            stage,
+            *(f"{1000 * x['seconds']:.1f} / {1000 * x['floor_seconds']:.1f}" for x in found),
+            found[-1]["bound"],
+        )
+        for stage, found in stages.items()
+    ]
+    columns = zip(*stages.values(), strict=True)
+    floors = [sum(part["floor_seconds"] for part in column) for column in columns]
+    for name, seconds in (
+        ("all, with the profiler", [whole["profiled_seconds"] for whole in wholes]),
+        ("all, without it", [whole["median_seconds"] for whole in wholes]),
+        ("floor of all", floors),
+    ):
+        rows.append((name, *(f"{1000 * each:.1f}" for each in seconds), ""))
+    header = ("forward", *(f"T = {whole['length']}" for whole in wholes), "bound by")
     rates = record["rates_per_second"]
     caption = (
         f"Milliseconds / the least possible; 1 × {settings['heads']} heads × "
@@ -201,7 +191,7 @@ def breakdown(record: Mapping[str, Any]) -> str:
         f"{rates['compared_words'] / 1e9:.0f} G words of codes, and moves "
         f"{rates['moved_bytes'] / 1e9:.0f} GB."
     )
-    return "\n\n".join([*parts, caption])
+    return f"{markdown_table(header, rows)}\n\n{caption}"
 
 
 def pareto(record: Mapping[str, Any]) -> str:

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from experiments import breakdown
-from experiments.breakdown import PASSES, REST, STAGES, Event, Instruction, Settings, Work
+from experiments.breakdown import REST, STAGES, Event, Instruction, Settings, Work
 
-SMALL = {"lengths": (256,), "heads": 2, "head_dim": 8, "clusters": 10, "topk": 8, "rounds": 2}
+# Of much smaller programs XLA makes one instruction.
+SMALL = {"lengths": (2048,), "heads": 2, "head_dim": 16, "clusters": 10, "topk": 8, "rounds": 2}
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def optimised(monkeypatch):
 
 
 def instructions(attention):
-    query = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
+    query = jax.ShapeDtypeStruct((1, 2048, 2, 16), jnp.float32)
     settings = Settings(attention=attention, clusters=10, topk=8)
     program = jax.jit(settings.clustered).lower(query, query, query).compile()
     return breakdown.instructions_of(program.as_text())
@@ -37,7 +38,7 @@ def test_instructions_of_every_stage_are_found(attention, optimised):
     found = optimised(instructions, attention)
     assert {each.stage for each in found.values()} == set(STAGES)
     main_work = [each for each in found.values() if each.opcode in ("dot", "sort")]
-    assert len(main_work) >= 2
+    assert main_work
     assert REST not in {each.stage for each in main_work}
 
 
@@ -76,16 +77,13 @@ def test_floors_add_up_arithmetic_and_hide_the_shorter_of_it_and_memory():
 
 def test_work_is_what_the_paper_counts():
     settings = Settings(heads=6, head_dim=64, clusters=100, topk=32)
-    forward = breakdown.work_of(settings, 1024, with_gradient=False)
+    forward = breakdown.work_of(settings, 1024)
     assert tuple(forward) == STAGES
     assert forward["hash"].multiply_adds == 6 * 1024 * 64 * 64
     assert forward["K-means"].compared_words == 6 * 10 * 1024 * 100 * 2
     assert forward["centroid attention"][:2] == (6 * 2 * 100 * 1024 * 64, 6 * 100 * 1024)
     assert forward["recompute"][:2] == (6 * 2 * 1024 * 32 * 64, 6 * 1024 * 32)
-    backward = breakdown.work_of(settings, 1024, with_gradient=True)
-    assert backward["recompute"].multiply_adds == 3 * forward["recompute"].multiply_adds
-    assert backward["hash"] == forward["hash"]
-    default = breakdown.work_of(Settings(attention="default"), 1024, with_gradient=False)
+    default = breakdown.work_of(Settings(attention="default"), 1024)
     assert default["K-means"].multiply_adds == 6 * 5 * 1024 * 100 * 64
     assert default["centroid attention"].exponentials == 4 * forward["centroid attention"][1]
 
@@ -101,17 +99,15 @@ def test_a_small_run_writes_every_figure(tmp_path, optimised):
     settings = Settings(**SMALL, listed=3, output=tmp_path / "breakdown")
     text = optimised(printed, settings)
     record = json.loads((tmp_path / "breakdown.json").read_text())
-    assert [(part["measured"], part["stage"]) for part in record["parts"]] == [
-        (measured, stage) for measured in PASSES for stage in STAGES
-    ]
-    for measured, whole in zip(PASSES, record["wholes"], strict=True):
-        stages = [part["seconds"] for part in record["parts"] if part["measured"] == measured]
-        assert sum(seconds > 0 for seconds in stages) == len(STAGES)
-        # Medians of parts do not add up to that of sums, but two runs leave nothing between.
-        assert sum(stages) == pytest.approx(whole["profiled_seconds"])
+    assert [part["stage"] for part in record["parts"]] == list(STAGES)
+    (whole,) = record["wholes"]
+    stages = [part["seconds"] for part in record["parts"]]
+    assert min(stages) > 0
+    # Medians of parts do not add up to that of sums, but two runs leave nothing between.
+    assert sum(stages) == pytest.approx(whole["profiled_seconds"])
     assert (tmp_path / "breakdown.png").read_bytes().startswith(b"\x89PNG")
-    assert "Milliseconds, forward and backward" in text
-    assert text.count(" ms  ") == 6
+    assert "Milliseconds, forward" in text
+    assert text.count(" ms  ") == 3
 
 
 def test_settings_are_checked():

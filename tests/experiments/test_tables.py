@@ -67,7 +67,6 @@ def test_scaling_tables_have_memory_and_what_was_not_reached():
 def test_breakdown_table_has_every_stage_with_its_floor():
     def part(stage, length, seconds, floor, bound):
         return {
-            "measured": "forward",
             "stage": stage,
             "length": length,
             "seconds": seconds,
@@ -99,7 +98,7 @@ def test_breakdown_table_has_every_stage_with_its_floor():
             part("rest", 16, 0.003, 0.0, ""),
         ],
         "wholes": [
-            {"measured": "forward", "length": n, "median_seconds": s, "profiled_seconds": p}
+            {"length": n, "median_seconds": s, "profiled_seconds": p}
             for n, s, p in [(8, 0.0029, 0.003), (16, 0.0071, 0.007)]
         ],
     }
