@@ -350,9 +350,8 @@ def split_keys(
     index = jnp.repeat(index, num_subclusters, axis=0)
     logits = logits.reshape(-1, num_keys)
     others = logits.at[rows, index].set(-jnp.inf, unique_indices=True)
-    return tuple(
-        x.reshape(num_clusters, num_subclusters, -1) for x in (logits[rows, index], others)
-    )
+    shape = (num_clusters, num_subclusters, -1)
+    return logits[rows, index].reshape(shape), others.reshape(shape)
 
 
 def outside(index: Int[Array, "C k"], num_keys: int) -> Bool[Array, "C S"]:
