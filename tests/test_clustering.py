@@ -253,6 +253,37 @@ def test_heads_are_mapped_one_or_more_at_a_time(head_bytes):
     np.testing.assert_allclose(gradient, jnp.cos(x) * y["a"][..., None], rtol=1e-6)
 
 
+@pytest.mark.parametrize("head_bytes", [1, 2**19, 2**30])
+def test_heads_are_mapped_wherever_their_axis_is(head_bytes):
+    rng = np.random.default_rng(0)
+    x, scale = rng.standard_normal((2, 5, 4, 3)), rng.standard_normal(())  # B T N H
+    y, none = rng.standard_normal((2, 4, 7)), None  # B N S
+
+    def head(scale, x, y, none):  # T H, S
+        assert none is None
+        return scale * jnp.outer(y, jnp.sin(x).sum(axis=1))  # S T
+
+    def mapped(scale, x, y):
+        settings = {"in_axes": (2, 1, 1), "out_axis": 3, "head_bytes": head_bytes}
+        return map_heads(head, x, y, none, shared=(scale,), **settings)
+
+    def at_once(scale, x, y):
+        return scale * jnp.einsum("bns,btnh->bstn", y, jnp.sin(x))
+
+    given = [jnp.asarray(array, jnp.float32) for array in (scale, x, y)]
+    np.testing.assert_allclose(mapped(*given), at_once(*given), rtol=1e-5, atol=1e-6)
+    found, expected = (
+        jax.grad(lambda *args, f=f: jnp.sum(f(*args) ** 2), (0, 1, 2))(*given)
+        for f in (mapped, at_once)
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
+    tangents = [jnp.ones_like(array) for array in given]
+    found, expected = (jax.jvp(f, given, tangents)[1] for f in (mapped, at_once))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("width", [16, 32])
 def test_ones_are_counted_in_fields_of_any_width(width):
     """Sequences of 2^16 and more codes need fields of 32 bits, shorter ones 16."""
