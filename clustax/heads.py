@@ -1,7 +1,7 @@
 """One problem per attention head: how many of them are worked on at once."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,11 @@ def _in_turn(
             for arg, axis in zip(args, in_axes, strict=True)
         ]
 
-    shapes = of_args(lambda x, axis: Sizes(x.shape[0], x.shape[axis]), args)
-    batch, num_heads = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Sizes))[0]
+    batch, num_heads = next(
+        (x.shape[0], x.shape[axis])
+        for arg, axis in zip(args, in_axes, strict=True)
+        for x in jax.tree.leaves(arg)
+    )
     most = max(1, min(num_heads, CPU_BYTES_IN_FLIGHT // max(1, head_bytes)))
     size = max(n for n in range(1, most + 1) if num_heads % n == 0)
     num_parts = num_heads // size
@@ -131,10 +134,3 @@ def _in_turn(
         return jax.jvp(together, primals, tangents)
 
     return in_place(shared, args)
-
-
-class Sizes(NamedTuple):
-    """How many batch entries there are, and heads in each."""
-
-    batch: int
-    heads: int

@@ -11,9 +11,9 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
-WORD = 32  # bits in a word
+from clustax.lsh import WORD, pack_bits
 
 
 def largest(x: Float[Array, "C S"], k: int) -> Int[Array, "C k"]:
@@ -57,19 +57,9 @@ def _by_sorting(x: Float[Array, "C n"], k: int) -> Int[Array, "C k"]:
 
 
 def _by_bisection(x: Float[Array, "C n"], k: int) -> Int[Array, "C k"]:
-    rows, length = x.shape
-    words = -(-length // WORD)
-    # Rows lie along vector lanes.
-    padding = ((0, 0), (0, words * WORD - length))
-    x = ordered(jnp.pad(x, padding, constant_values=-jnp.inf).T)  # n C
+    x = ordered(x.T)  # n C: rows lie along vector lanes
     limit = kth_largest(x, k)
-
-    def pack(bits: Bool[Array, "n C"]) -> UInt32[Array, "W C"]:
-        bits = bits.reshape(words, WORD, rows).astype(jnp.uint32)
-        place = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
-        return jnp.sum(bits << place, axis=1, dtype=jnp.uint32)
-
-    above, equal = pack(x > limit), pack(x == limit)
+    above, equal = (pack_bits(bits, axis=0) for bits in (x > limit, x == limit))  # W C
     counts = _count(equal)
     before = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts
     taken = jnp.sum(_count(above), axis=0, dtype=jnp.int32)

@@ -1,7 +1,7 @@
 """Clustered attention in plain JAX: fast and portable, with memory linear in the sequence length.
 
 Queries are sorted by cluster and cut into tiles that each belong to one cluster. The queries of a
-cluster share its top-k keys, so these are gathered once per cluster and met in dense products.
+cluster share its top-k keys, so these are gathered once per tile and met in dense products.
 """
 
 from typing import NamedTuple
@@ -279,7 +279,7 @@ def attention_logits(
 ) -> Float[Array, "*L n S"]:
     """Scaled products of queries and keys with the bias of the keys, in at least float32."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    if query.dtype == dtype:
+    if query.dtype == dtype:  # fewer numbers than their products
         query, scale = scale * query, 1
     logits = scale * jnp.einsum("...nh,...sh->...ns", query, keys.key, preferred_element_type=dtype)
     if keys.bias is not None:
