@@ -7,7 +7,6 @@ Compares the implementations with each other and with exact attention, on the de
 
 import glob
 import importlib
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from rich.table import Table
 
 from clustax import ClusteredAttention
 from clustax.implementations import choose
-from experiments.common.files import whole_file
 from experiments.common.timing import Times, take_turns
 from experiments.scaling import with_gradient
 from experiments.swap import shared
@@ -311,12 +309,8 @@ def run(settings: Settings, console: Console) -> None:
         )
         for name, microseconds in list(times.items())[:16]:
             console.print(f"{microseconds:9.1f} µs  {name[:80]}")
-    with whole_file(Path(f"{settings.output}.png")) as path:
-        draw(settings, rows).savefig(path, dpi=110)
-    with whole_file(Path(f"{settings.output}.json")) as path:
-        record = make_record(settings, rows, checks, parts)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    console.print(f"Wrote {settings.output}.json and .png")
+    record = make_record(settings, rows, checks, parts)
+    shared.write_results(settings.output, record, draw(settings, rows), console)
 
 
 def main() -> None:

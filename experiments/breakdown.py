@@ -8,7 +8,6 @@ order of stages are those of real calls, and the stages add up to the whole.
 """
 
 import glob
-import json
 import linecache
 import re
 import statistics
@@ -33,7 +32,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from clustax import ClusteredAttention
-from experiments.common.files import whole_file
 from experiments.common.timing import Times
 from experiments.swap import shared
 
@@ -531,12 +529,8 @@ def run(settings: Settings, console: Console) -> None:
     for seconds, each in wholes[-1].instructions[: settings.listed]:
         text = f"{1000 * seconds:9.2f} ms  {each.stage:18}  {each.opcode:20}  {each.line}"
         console.print(text, highlight=False, markup=False, no_wrap=True)
-    with whole_file(Path(f"{settings.output}.png")) as path:
-        draw(settings, parts, wholes).savefig(path, dpi=110)
-    with whole_file(Path(f"{settings.output}.json")) as path:
-        record = make_record(settings, rates, parts, wholes)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    console.print(f"Wrote {settings.output}.json and .png")
+    record = make_record(settings, rates, parts, wholes)
+    shared.write_results(settings.output, record, draw(settings, parts, wholes), console)
 
 
 def main() -> None:
