@@ -21,6 +21,8 @@ EXTRAS ?= dev
 PRESET ?= full
 
 python := $(VENV)/bin/python
+# Python compiles what it imports, which is a small part of what is installed.
+install := $(python) -m pip install --quiet --no-compile
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 pytest := $(python) -m pytest -n auto
 swap := $(python) -m experiments.pretrained_swap
@@ -92,12 +94,11 @@ clean:
 
 $(installed): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
-	$(python) -m pip install --quiet --upgrade pip
-	$(python) -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(install) --editable '.[$(EXTRAS)]'
 	touch $@
 
 $(compilers)/.installed: $(installed)
 	rm -rf $(compilers)
-	$(python) -m pip install --quiet --no-deps --target $(compilers) \
+	$(install) --no-deps --target $(compilers) \
 	  $$($(python) -m experiments.aot.targets)
 	touch $@

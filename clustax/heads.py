@@ -1,4 +1,4 @@
-"""One problem per attention head: how many of them are worked on at once."""
+"""One problem per attention head, or per row of one: how many of them are worked on at once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +11,8 @@ from jaxtyping import Array, Int, PyTree, Shaped
 # On a CPU the intermediate arrays of the heads in flight should stay in its caches: touching fresh
 # memory costs more there than the arithmetic on it.
 CPU_BYTES_IN_FLIGHT = 2**20
+# A single head may need more. From a few times this on, each pass over such arrays gets slower.
+CPU_BYTES_IN_BLOCK = 2**24
 
 
 def map_heads(
@@ -134,3 +136,28 @@ def _in_turn(
         return jax.jvp(together, primals, tangents)
 
     return in_place(shared, args)
+
+
+def map_rows(
+    function: Callable[..., PyTree], *args: Shaped[Array, "C ..."], row_bytes: int
+) -> PyTree[Shaped[Array, "C ..."]]:
+    """Applies to arrays of C rows each a function that treats all rows alike.
+
+    A CPU takes blocks of rows where the intermediate arrays, of ``row_bytes`` a row, are large;
+    accelerators take all rows at once.
+    """
+    num_rows = len(args[0])
+    size = -(-num_rows // -(-num_rows * row_bytes // CPU_BYTES_IN_BLOCK))
+    if size == num_rows:
+        return function(*args)
+    num_blocks = -(-num_rows // size)
+
+    def in_blocks(*args):
+        def cut(x):
+            x = jnp.pad(x, [(0, num_blocks * size - num_rows), *((0, 0),) * (x.ndim - 1)])
+            return x.reshape(num_blocks, size, *x.shape[1:])
+
+        out = lax.map(lambda block: function(*block), tuple(map(cut, args)))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], out)
+
+    return lax.platform_dependent(*args, cpu=in_blocks, default=function)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from clustax.heads import map_heads
+from clustax.heads import map_heads, map_rows
 from clustax.topk import largest
 
 # Stands for -inf in the logits of masked keys. It is finite so that no difference of two is NaN.
@@ -57,6 +57,14 @@ class Attended(NamedTuple):
 
     mean: Float[Array, "*L n V"]  # of the values, weighted by the softmax over these keys
     lse: Float[Array, "*L n"]  # log-sum-exp of the logits of these keys
+
+
+class AtCentroids(NamedTuple):
+    """What the queries of each cluster share."""
+
+    index: Int[Array, "C k"] | None  # the top-k keys
+    top_lse: Float[Array, "C R"] | None  # log-sum-exp of their logits at each sub-cluster
+    tail: Attended  # over all other keys: mean C V, lse C R
 
 
 def attend(
@@ -138,29 +146,50 @@ def attend_head(
     """Steps 3 to 8 of the method for one head."""
     tiles = tile_queries(assignment, counts)
     queries = fill_tiles(query, tiles)  # L M H
+    if topk == len(keys.key):  # there is no tail
+        slots = queries.reshape(-1, queries.shape[-1])
+        every = attend_keys(attention_logits(slots, keys, scale), keys.value)
+        return empty_tiles(every.mean.reshape(*queries.shape[:2], -1), tiles)
+
     subclusters = split_clusters(tiles, counts, num_subclusters)
     centroids = pool(queries, tiles, subclusters)  # C R H
-    logits = attention_logits(centroids, keys, scale)  # C R S
+    at_centroids = map_rows(
+        lambda centroids, share: attend_centroids(centroids, keys, share, topk, scale),
+        centroids,
+        subclusters.share,
+        row_bytes=4 * num_subclusters * len(keys.key),
+    )
     if topk == 0:
-        mean, _ = attend_subclusters(logits, keys.value, subclusters.share)
-        return mean.at[assignment].get(mode="fill", fill_value=0)
+        return at_centroids.tail.mean.at[assignment].get(mode="fill", fill_value=0)
 
-    ranks = lax.stop_gradient(rank_keys(logits, subclusters.share))  # C S
-    index = largest(ranks, topk)  # C k
-    tile_index = index[tiles.cluster]  # L k
+    tile_index = at_centroids.index[tiles.cluster]  # L k
     tile_keys = jax.tree.map(lambda x: x[tile_index], keys)  # L k …
     top = attend_keys(attention_logits(queries, tile_keys, scale), tile_keys.value)  # L M …
-    if topk == len(keys.key):
-        return empty_tiles(top.mean, tiles)
-
-    top_logits, logits = split_keys(logits, index)  # C R k, C R S
-    tail_mean, tail_lse = attend_subclusters(logits, keys.value, subclusters.share)
+    tail_mean, tail_lse = at_centroids.tail
     if merge == "mass":  # the split between top-k keys and tail is that of the centroid
-        top_lse = of_subcluster(jax.nn.logsumexp(top_logits, axis=-1), tiles, subclusters)
+        top_lse = of_subcluster(at_centroids.top_lse, tiles, subclusters)
     else:  # each query has its own
         top_lse = top.lse
     mass = jax.nn.sigmoid(top_lse - of_subcluster(tail_lse, tiles, subclusters))[..., None]
     return empty_tiles(mass * top.mean + (1 - mass) * of_cluster(tail_mean, tiles), tiles)
+
+
+def attend_centroids(
+    centroids: Float[Array, "C R H"],
+    keys: Keys,
+    share: Float[Array, "C R"],
+    topk: int,
+    scale: float | Float[Array, ""],
+) -> AtCentroids:
+    """Chooses the top-k keys of clusters, and attends to the others."""
+    logits = attention_logits(centroids, keys, scale)  # C R S
+    if topk == 0:
+        return AtCentroids(None, None, Attended(*attend_subclusters(logits, keys.value, share)))
+    ranks = lax.stop_gradient(rank_keys(logits, share))  # C S
+    index = largest(ranks, topk)
+    top_logits, logits = split_keys(logits, index)  # C R k, C R S
+    tail = Attended(*attend_subclusters(logits, keys.value, share))
+    return AtCentroids(index, jax.nn.logsumexp(top_logits, axis=-1), tail)
 
 
 def tile_queries(

@@ -300,6 +300,23 @@ def test_tiles_hold_each_query_once_with_its_cluster(num_clusters):
     assert (tiles.slot[assignment == num_clusters] >= slots.size).all()
 
 
+@pytest.mark.once
+def test_clusters_are_attended_to_in_blocks(monkeypatch):
+    """Where one head needs more memory than a CPU should touch at once."""
+    case = BY_NAME["everything"]
+    jax.clear_caches()
+    monkeypatch.setattr("clustax.heads.CPU_BYTES_IN_BLOCK", 8 * case.S)  # two clusters, or one
+    inputs = make_inputs(case)
+    evaluated = evaluate(case, inputs, "xla")
+    jax.clear_caches()
+    for (out, gradients), (expected_out, expected_gradients) in zip(
+        evaluated, expected(case), strict=True
+    ):
+        assert largest_error(out, expected_out) <= 1e-5
+        for gradient, each in zip(gradients, expected_gradients, strict=True):
+            assert gradient is None or largest_error(gradient, each) <= 1e-4
+
+
 def test_accelerators_get_the_same_outputs_and_gradients(accelerator):
     """All heads at once, as accelerators take them."""
     case = BY_NAME["everything"]

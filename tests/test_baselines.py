@@ -18,6 +18,8 @@ from clustax.models import Encoder
 from tests.cases import Case, make_inputs
 from tests.helpers import as_numpy, double, largest_error, random_like_output, sizes_of
 
+pytestmark = pytest.mark.once
+
 CROSS = Case(
     "cross",
     T=21,

@@ -18,6 +18,8 @@ from clustax.nnx import ClusteredMultiHeadAttention
 from tests import oracle
 from tests.cases import BY_NAME, Case, clusters_of, make_clusters, make_inputs
 
+pytestmark = pytest.mark.once
+
 EVERYTHING = BY_NAME["everything"]  # grouped heads, masks, biases of -inf, padding
 LARGE = 1000  # a sample of all queries
 ROUGH = ClusteredAttention(num_clusters=4, topk=3, num_iterations=2)

@@ -45,6 +45,7 @@ def sizes_in(text):
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize(("metric", "space"), CLUSTERINGS)
 @pytest.mark.parametrize("merge", MERGES)

@@ -21,6 +21,9 @@ from tests.helpers import as_numpy, largest_error, outputs_and_gradients, random
 B, T, S, N, K, H, V, C = 2, 12, 10, 2, 1, 4, 10, 12  # C = T, and V = S for values that show weights
 SCALE = H**-0.5
 # k, how top and tail are merged, and the number of sub-clusters
+
+pytestmark = pytest.mark.once
+
 EXACT = [(S, "mass", 1), (S, "lse", 1)]
 IMPROVED = [(3, "mass", 1), (3, "lse", 1)]
 PLAIN = [(0, "mass", 1)]

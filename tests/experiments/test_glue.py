@@ -422,6 +422,10 @@ def test_grid_begins_with_exact_attention_of_the_first_seed():
         Cell("RTE", DEFAULT, 3),
     ]
     assert len({cell.name for cell in glue.cells(settings)}) == 8
+    fewer = dataclasses.replace(settings, reverse_tasks=("CoLA",))
+    reverse = {cell.task for cell in glue.cells(fewer) if cell.trained_with != EXACT}
+    assert reverse == {"CoLA"}
+    assert len(glue.cells(fewer)) == 6
     assert glue.trained_variant(settings, Cell("RTE", DEFAULT, 4)).attention.seed == 4
     assert glue.trained_variant(settings, Cell("RTE", DEFAULT, 4)).num_clusters == 25
 
@@ -431,6 +435,7 @@ def test_grid_begins_with_exact_attention_of_the_first_seed():
     [
         ({"tasks": ("SST",)}, r"tasks must be of CoLA, .* got \['SST'\]"),
         ({"tasks": ()}, "tasks must be different ones, at least one"),
+        ({"reverse_tasks": ("SST",)}, r"reverse_tasks must be of CoLA, .* got \['SST'\]"),
         ({"trained_with": ("x",)}, "trained_with must be of exact"),
         ({"clusters": (0,)}, "clusters must be at least 1"),
         ({"buckets": (32, 64)}, "buckets must ascend to at least max_length = 128"),

@@ -15,6 +15,8 @@ from experiments.common.memory import peak_memory
 from experiments.common.timing import Times, take_turns
 from experiments.scaling import BACKWARD, FORWARD, Longest, Results, Row, Settings
 
+pytestmark = pytest.mark.once
+
 SMALL = Settings(
     lengths=(16, 32),
     memory_lengths=(),

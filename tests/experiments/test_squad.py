@@ -29,6 +29,8 @@ from experiments.tasks import squad
 from experiments.tasks.squad import Answer, Question, Span, Window
 from tests.experiments.tiny import tiny_folder, tiny_tokenizer, write
 
+pytestmark = pytest.mark.once
+
 
 def entry(name, text="two", start=4, **others):
     return {

@@ -474,6 +474,7 @@ def test_no_files(tmp_path):
             load(path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make_head",
     [BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM],

@@ -298,6 +298,7 @@ def talkative(tmp_path):
     return load(write_hugging_face(tmp_path, weights))
 
 
+@pytest.mark.once
 def test_cached_decoding_equals_decoding_anew(talkative):
     mel, _ = inputs(batch=6)
     endless = decode_anew(talkative, mel, 11)
