@@ -36,10 +36,10 @@ def refusal(
         value_dim,
         query.dtype,
     )
-    if kernels.device() == "hopper":
-        from clustax.kernels import hopper  # only now: it is for GPUs
+    if kernels.device() in kernels.GPUS:
+        from clustax.kernels import gpu  # only now: Pallas takes long to import
 
-        return hopper.refusal(shape)
+        return gpu.refusal(shape)
     reason = centroid_attention.refusal(shape) if topk < num_keys else None
     if topk > 0 and reason is None:
         reason = grouped_attention.refusal(

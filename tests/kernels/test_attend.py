@@ -13,23 +13,32 @@ from tests.cases import BY_NAME, make_clusters, make_inputs
 from tests.helpers import outputs_and_gradients, random_like_output, sizes_of
 
 HEAD_DIM, CLUSTERS, TOPK = 8, 100, 32
+on_gpus = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="this version of JAX has no kernels for GPUs"
+)
 
 
-@pytest.mark.parametrize("merge", ["mass", "lse"])
-def test_no_array_is_quadratic(merge):
+@pytest.mark.parametrize(
+    ("device", "merge", "length", "dtype"),
+    [
+        ("tpu", "mass", 4096, jnp.float32),
+        ("tpu", "lse", 4096, jnp.float32),
+        pytest.param("hopper", "lse", 2**16, jnp.bfloat16, marks=on_gpus),  # dims are at least 64
+    ],
+)
+def test_no_array_is_quadratic(device, merge, length, dtype):
     """Not even one of T·C elements, and on the chip none of the size of a sequence."""
-    length = 4096
 
     def loss(query, key, value, clusters):
         settings = {"topk": TOPK, "merge": merge, "num_subclusters": 4}
         out = attend(query, key, value, clusters=clusters, implementation="pallas", **settings)
-        return jnp.sum(out**2)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
 
-    shape = jax.ShapeDtypeStruct((length, 1, HEAD_DIM), jnp.float32)
+    shape = jax.ShapeDtypeStruct((length, 1, HEAD_DIM), dtype)
     clusters = Clusters(
         jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, CLUSTERS), jnp.int32)
     )
-    with kernels.interpret("tpu"):
+    with kernels.interpret(device):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         jaxpr = gradient.trace(*(shape,) * 3, clusters).jaxpr
     sizes = list(sizes_of(jaxpr.jaxpr))

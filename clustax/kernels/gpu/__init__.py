@@ -46,12 +46,6 @@ def refusal(shape: Shape) -> str | None:
     return None
 
 
-def matrices(*shape: int, swizzle: int = 128) -> Any:
-    """Shared memory for operands of products, whose rows are multiples of ``swizzle`` bytes."""
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
-
-
 def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n m"]:
     """What belongs to each row, for every element of it."""
     return lax.broadcast_in_dim(x, shape, (0,))
@@ -59,7 +53,12 @@ def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n 
 
 def of_columns(ref: Any, shape: tuple[int, int]) -> Shaped[Array, "n m"]:
     """What belongs to each column, in shared memory, for every element of it."""
-    return lax.broadcast_in_dim(_load(ref, layout=COLUMNS), shape, (1,))
+    return lax.broadcast_in_dim(load(ref, COLUMNS), shape, (1,))
+
+
+def load(ref: Any, layout: Any) -> Shaped[Array, " n"]:
+    """What belongs to each row or column, in shared memory."""
+    return _load(ref, layout=layout)
 
 
 def load_rows(ref: Any) -> Shaped[Array, " n"]:
