@@ -7,7 +7,7 @@ from experiments.aot.targets import KIB, MIB, TPUS, VMEM_LIMIT
 
 MAX_SPILLS, MAX_SPILLED_SHARE = 16, 1 / 12
 """Registers that a kernel may spill, in all or for each bundle of its instructions."""
-MAX_SPILLED_BYTES = 64
+MAX_SPILLED_BYTES = 16
 """The same of a thread on a GPU."""
 THREADS, REGISTERS, SHARED_MEMORY = 128, 65536, 228 * KIB
 """Threads of a block, and what a multiprocessor has, from Hopper on, for all of its blocks."""
@@ -27,13 +27,13 @@ def size(kernel: Mapping[str, int], target: str) -> str:
     if target in TPUS:
         return f"{kernel['memory'] / MIB:.1f} MiB, {kernel['spills']} spilled"
     return (
-        f"{kernel['size']} registers, {kernel['spills']} B spilled, {kernel['memory'] / KIB:.0f} KiB, "
-        f"{blocks(kernel)} a multiprocessor"
+        f"{kernel['size']} registers, {kernel['spills']} B spilled, "
+        f"{kernel['memory'] / KIB:.0f} KiB, {blocks(kernel)} at once"
     )
 
 
 def blocks(kernel: Mapping[str, int]) -> int:
-    """How many blocks of 128 threads of a kernel a multiprocessor of a GPU can have at once."""
+    """How many blocks of threads of a kernel a multiprocessor of a GPU can have at once."""
     registers = -(-kernel["size"] // 8) * 8 * THREADS
     return min(REGISTERS // registers, SHARED_MEMORY // (kernel["memory"] + KIB))
 

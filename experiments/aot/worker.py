@@ -17,8 +17,8 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.interpreters import mlir
-from jaxlib.mlir import ir
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+from jaxlib.mlir import ir
 
 from experiments.aot import cases, dumps
 from experiments.aot.targets import GPUS, TPUS, gpu_config

@@ -9,6 +9,7 @@ import pytest
 
 from clustax import Clusters, attend, kernels
 from clustax.kernels.attend import _take
+from clustax.kernels.common import sum_runs
 from tests.cases import BY_NAME, make_clusters, make_inputs
 from tests.helpers import outputs_and_gradients, random_like_output, sizes_of
 
@@ -67,6 +68,17 @@ def test_gradients_of_taken_rows_are_summed():
     np.testing.assert_array_equal(rows[0, :, 0], [4, 0, 4, 4])
     (gradient,) = vjp(jnp.arange(1.0, 17.0).reshape(2, 4, 2))
     np.testing.assert_array_equal(gradient[..., 0], [[3, 0, 1 + 5 + 7], [15, 9 + 11 + 13, 0]])
+
+
+@pytest.mark.parametrize("device", ["tpu", "hopper"])
+def test_sums_of_runs(device):
+    index = jnp.array([0, 0, 2, 3, 3, 3, 3, 6])
+    rows = jnp.arange(1.0, 17.0).reshape(8, 2)
+    with kernels.interpret(device):
+        sums, vjp = jax.vjp(lambda rows: sum_runs(rows, index, 7), rows)
+    np.testing.assert_array_equal(sums[:, 0], [1 + 3, 0, 5, 7 + 9 + 11 + 13, 0, 0, 15])
+    cotangent = jnp.arange(14.0).reshape(7, 2)
+    np.testing.assert_array_equal(vjp(cotangent)[0], cotangent[index])
 
 
 def test_heads_are_not_mixed_by_vmap():

@@ -147,7 +147,8 @@ def test_centroid_attention_is_that_of_xla(device, num_subclusters, topk, has_bi
 
 
 @pytest.mark.parametrize(
-    ("device", "merge", "topk"), [("hopper", "lse", 5), ("hopper", None, 5), ("blackwell", "mass", 40)]
+    ("device", "merge", "topk"),
+    [("hopper", "lse", 5), ("hopper", None, 5), ("blackwell", "mass", 40)],
 )
 def test_grouped_attention_is_that_of_xla(device, merge, topk):
     num_heads, num_tiles, num_clusters, value_dim = 2, 3, 4, 8

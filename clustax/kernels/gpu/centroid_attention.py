@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped
 
-from clustax import xla
 from clustax.kernels import gpu
 from clustax.kernels.common import bfloat16_parts, masked_bias
 from clustax.kernels.gpu import products
@@ -208,9 +207,7 @@ def _bits(index: Int[Array, "G C k"], num_keys: int) -> Int[Array, "G tiles 2 C"
     return words.reshape(num_heads, -1, KEYS // WORD, num_clusters)
 
 
-def _select(
-    operands: Operands, ranking: Softmax | None, topk: int
-) -> Int[Array, "G C k"]:
+def _select(operands: Operands, ranking: Softmax | None, topk: int) -> Int[Array, "G C k"]:
     """The top-k keys of each cluster, in order."""
     most = jnp.swapaxes(_maxima(operands, ranking), 1, 2)  # G C tiles
     if most.shape[-1] < topk:
@@ -311,9 +308,7 @@ def _log_sum_exp(
     return most, jnp.sum(total * jnp.exp(shift - most[:, None]), axis=1)
 
 
-def _maxima(
-    operands: Operands, ranking: Softmax | None
-) -> Float[Array, "G tiles C"]:
+def _maxima(operands: Operands, ranking: Softmax | None) -> Float[Array, "G tiles C"]:
     """The largest rank in each tile of keys."""
 
     def visit(tile, carry):
@@ -697,7 +692,9 @@ def _key_gradients(
             def step(i, total, addend):
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
-                *centroid, own_slope, own, own_top = [x.at[slot] for x in clusters] + [None][: not top]
+                *centroid, own_slope, own, own_top = [x.at[slot] for x in clusters] + [None][
+                    : not top
+                ]
                 shift, gain, loss = (gpu.of_columns(own.at[n], TILE) for n in range(3))
                 factors = [Factors(key, part.transpose((1, 0))) for part in centroid]
                 logits = products.product(TILE, *factors) + gpu.of_rows(addend, TILE)

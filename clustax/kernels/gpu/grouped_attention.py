@@ -119,7 +119,7 @@ def _attend_forward(*args):
 
 
 def _attend_backward(residuals, d_rows):
-    query, keys, tail_lse, top_lse, scale, cluster = residuals
+    query, keys, _, top_lse, _, cluster = residuals
     num_heads, num_tiles, height, head_dim = query.shape
     topk, value_dim = keys.value.shape[2:]
     has_tail = keys.tail_mean is not None
@@ -160,7 +160,9 @@ def _attend_backward(residuals, d_rows):
         ):
             for first in range(0, left.shape[1], gpu.WIDTH):
                 dims = slice(first, first + gpu.WIDTH)
-                rows = products.product((gpu.WIDTH, topk), Factors(left.at[:, dims].transpose((1, 0)), right))
+                rows = products.product(
+                    (gpu.WIDTH, topk), Factors(left.at[:, dims].transpose((1, 0)), right)
+                )
                 ref[(*tile.place, dims)] = rows
         rows = products.product((height, head_dim), Factors(scratch.d_logit, tile.keys.key))
         tile.store(rows, scratch.out, d_query)

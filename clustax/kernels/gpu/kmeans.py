@@ -1,4 +1,4 @@
-"""K-means on Hopper GPUs: one kernel assigns points and sums the members of each cluster.
+"""K-means on GPUs: one kernel assigns points and sums the members of each cluster.
 
 Points and centroids come in parts in bfloat16: codes of ±1 have one, which is exact; float32 has
 two, whose three leading products decide as float32 would but for ties. So both metrics are matrix
