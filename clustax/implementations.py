@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+
 from clustax import kernels
 
 CHOICES = ("xla", "pallas", "reference")
@@ -28,10 +30,10 @@ def choose(
 ) -> Choice:
     """Says which implementation serves a call.
 
-    The Pallas kernels are for TPUs and Hopper GPUs: for those of ``jax.default_backend()``, or for
-    those that a program is compiled for ahead of time, under ``jax.sharding.use_abstract_mesh``
-    with an abstract device. Elsewhere they are only interpreted, under
-    :data:`clustax.kernels.interpret`. Those for GPUs have to be asked for.
+    The Pallas kernels are for TPUs and for Hopper and Blackwell GPUs: for those of
+    ``jax.default_backend()``, or for those that a program is compiled for ahead of time, under
+    ``jax.sharding.use_abstract_mesh`` with an abstract device. Elsewhere they are only interpreted,
+    under :data:`clustax.kernels.interpret`. Those for GPUs have to be asked for.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.
@@ -81,7 +83,10 @@ def _refusal(unfit: Callable[[], str | None], is_asked: bool) -> str | None:
     """Why the Pallas kernels do not serve a call, or None."""
     device = kernels.device()
     if device is None:
-        return "its kernels are for TPUs, and from JAX 0.11 on for Hopper GPUs, not for this"
-    if device == "hopper" and not is_asked:
-        return "its kernels for Hopper GPUs have to be asked for, until more of them is measured"
+        return (
+            "its kernels are for TPUs, and from JAX 0.11 on for Hopper and Blackwell GPUs, "
+            f"not for this device under JAX {jax.__version__}"
+        )
+    if device in kernels.GPUS and not is_asked:
+        return "its kernels for GPUs have to be asked for, until more of them is measured"
     return unfit()

@@ -4,6 +4,8 @@ Queries are sorted by cluster and cut into tiles that each belong to one cluster
 cluster share its top-k keys, so these are gathered once per tile and met in dense products.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,9 @@ from clustax.topk import largest
 MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)
 # Biases are raised to this, so that keys which count are never below those which do not.
 LOWEST_BIAS = 0.5 * float(jnp.finfo(jnp.float32).min)
+
+
+_SUM_RUNS = partial(jax.ops.segment_sum, indices_are_sorted=True)
 
 
 class Keys(NamedTuple):
@@ -276,7 +281,10 @@ def split_clusters(tiles: Tiles, counts: Int[Array, " C"], num_subclusters: int)
 
 
 def pool(
-    queries: Float[Array, "L M H"], tiles: Tiles, subclusters: Subclusters
+    queries: Float[Array, "L M H"],
+    tiles: Tiles,
+    subclusters: Subclusters,
+    sum_runs: Callable[[Array, Array, int], Array] = _SUM_RUNS,
 ) -> Float[Array, "C R H"]:
     """Centroids: the means of the queries of each sub-cluster."""
     dtype = jnp.promote_types(queries.dtype, jnp.float32)
@@ -291,7 +299,7 @@ def pool(
             precision=lax.Precision.HIGHEST,
             preferred_element_type=dtype,
         )
-    sums = jax.ops.segment_sum(sums, tiles.cluster, num_clusters, indices_are_sorted=True)
+    sums = sum_runs(sums, tiles.cluster, num_clusters)
     return sums / jnp.maximum(subclusters.counts, 1)[..., None].astype(dtype)
 
 

@@ -297,7 +297,9 @@ def test_both_kinds_of_random_keys_are_served(name, rng):
 )
 class TestImplementations:
     def test_pallas_is_refused_with_the_reason(self, nothing_compiled, name):
-        with pytest.raises(NotImplementedError, match=r"'pallas' .*for TPUs.*Hopper GPUs.*'xla'"):
+        with pytest.raises(
+            NotImplementedError, match=r"'pallas' .*for TPUs.*Hopper and.*GPUs.*'xla'"
+        ):
             call(name, CALLS[name] | {"implementation": "pallas"})
 
     def test_next_one_is_tried(self, name):

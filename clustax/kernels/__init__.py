@@ -1,8 +1,8 @@
 """Pallas kernels of the hot path, one file a kernel; ``attend`` composes those of attention.
 
-They run on TPUs; ``hopper`` has those for Hopper GPUs, from JAX 0.11 on. ``with
-clustax.kernels.interpret("tpu"):``, or ``"hopper"``, has them interpreted, wherever that is:
-slowly, for tests and debugging.
+They run on TPUs; ``gpu`` has those for GPUs, from JAX 0.11 on. ``with
+clustax.kernels.interpret("tpu"):``, or one of :data:`GPUS`, has them interpreted, wherever that
+is: slowly, for tests and debugging.
 """
 
 import importlib
@@ -10,7 +10,11 @@ from types import ModuleType
 
 import jax
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+GPUS = {
+    "hopper": ("H100", "H200", "H800", "H20", "GH200"),
+    "blackwell": ("B200", "GB200"),
+}
+"""The generations of GPUs that there are kernels for, and which GPUs are of them."""
 
 interpret = jax.make_user_context(default_value=None)
 """The device whose kernels are interpreted, whatever the device is; those that run, if None."""
@@ -18,15 +22,18 @@ interpret = jax.make_user_context(default_value=None)
 
 def device() -> str | None:
     """The device whose kernels a program that is traced now would run, or None if it has none."""
-    if interpret.value is not None:
-        return interpret.value
+    found = interpret.value or _target()
+    return None if found in GPUS and jax.__version_info__ < (0, 11) else found
+
+
+def _target() -> str | None:
     target = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if target is None else target.platform
     if platform == "tpu":
         return "tpu"
     kind = jax.devices()[0].device_kind if target is None else target.device_kind
-    is_hopper = any(name in kind.split() for name in HOPPER)
-    return "hopper" if is_hopper and jax.__version_info__ >= (0, 11) else None
+    found = (name for name, kinds in GPUS.items() if set(kinds) & set(kind.split()))
+    return next(found, None)
 
 
 def of(name: str) -> ModuleType:
@@ -34,5 +41,5 @@ def of(name: str) -> ModuleType:
 
     It is imported only here: Pallas takes longer to import than all of clustax.
     """
-    package = "clustax.kernels.hopper" if device() == "hopper" else "clustax.kernels"
+    package = "clustax.kernels.gpu" if device() in GPUS else "clustax.kernels"
     return importlib.import_module(f"{package}.{name}")

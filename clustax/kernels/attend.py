@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clustax import kernels, xla
 from clustax.kernels import centroid_attention, grouped_attention
+from clustax.kernels.common import sum_runs
 
 
 def refusal(
@@ -36,10 +37,10 @@ def refusal(
         value_dim,
         query.dtype,
     )
-    if kernels.device() == "hopper":
-        from clustax.kernels import hopper  # only now: it is for GPUs
+    if kernels.device() in kernels.GPUS:
+        from clustax.kernels import gpu  # only now: Pallas takes long to import
 
-        return hopper.refusal(shape)
+        return gpu.refusal(shape)
     reason = centroid_attention.refusal(shape) if topk < num_keys else None
     if topk > 0 and reason is None:
         reason = grouped_attention.refusal(
@@ -91,7 +92,8 @@ def attend(
 
     split = partial(xla.split_clusters, num_subclusters=num_subclusters)
     subclusters = jax.vmap(split)(tiles, counts)
-    centroids = jax.vmap(xla.pool)(queries, tiles, subclusters)  # G C R H
+    pool = partial(xla.pool, sum_runs=sum_runs)
+    centroids = jax.vmap(pool)(queries, tiles, subclusters)  # G C R H
     share = subclusters.share if num_subclusters > 1 else None
     index, tail_mean, tail_lse = centroid.centroid_attention(
         centroids, *keys, share, topk=topk, scale=scale
@@ -150,7 +152,7 @@ def _take_backward(residuals, d_rows):
     def add(index, d_rows):
         index, order = lax.sort((index, jnp.arange(len(index))), num_keys=1)
         d_rows = d_rows[order].astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jax.ops.segment_sum(d_rows, index, x.shape[1], indices_are_sorted=True)
+        return sum_runs(d_rows, index, x.shape[1])
 
     return jax.vmap(add)(index, d_rows).astype(x.dtype), None
 

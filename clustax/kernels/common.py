@@ -1,9 +1,11 @@
 """What several kernels need: bounds, roundings, the products of matrix units."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Bool, Float
+from jaxtyping import Array, BFloat16, Bool, Float, Int
 
+from clustax import kernels
 from clustax.xla import MASKED
 
 # Of the 16 MiB that every TPU since v4 gives a kernel unasked, the rest is the compiler's.
@@ -27,6 +29,24 @@ def bfloat16_parts(x: Float[Array, "*n"]) -> tuple[BFloat16[Array, "*n"], BFloat
     # XLA may leave out a conversion there and back, but not this.
     high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def sum_runs(
+    rows: Float[Array, "n ..."], index: Int[Array, " n"], size: int
+) -> Float[Array, "size ..."]:
+    """Sums of the rows of each index, which must not decrease; in one order."""
+    if kernels.device() not in kernels.GPUS:
+        return jax.ops.segment_sum(rows, index, size, indices_are_sorted=True)
+
+    # GPUs would add to a sum as threads happen to come.
+    def add(left, right):
+        is_same = (left[0] == right[0]).reshape(-1, *[1] * (rows.ndim - 1))
+        return right[0], jnp.where(is_same, left[1], 0) + right[1]
+
+    _, sums = lax.associative_scan(add, (index, rows))
+    is_last = jnp.append(index[1:] != index[:-1], True)
+    out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+    return out.at[jnp.where(is_last, index, size)].set(sums, mode="drop", unique_indices=True)
 
 
 def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Float[Array, "_ _"]:

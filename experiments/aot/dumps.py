@@ -47,15 +47,38 @@ def tpu_cycles(hlo: str) -> dict[str, int]:
     return found
 
 
-def gpu_kernels(log: str) -> dict[str, Kernel]:
-    """The Pallas kernels that ptxas reported on, which knows nothing of their shared memory."""
+def gpu_kernels(log: str, shared_memory: Mapping[str, int]) -> dict[str, Kernel]:
+    """The Pallas kernels that ptxas reported on.
+
+    Args:
+        log: what it said.
+        shared_memory: what each of them asks for, of which ptxas knows nothing.
+    """
     report = (
         r"entry function '(\S+)_mosaic_gpu_kernel'[\s\S]*?(\d+) bytes spill stores[\s\S]*?"
         r"Used (\d+) registers"
     )
     found: dict[str, Kernel] = {}
     for name, spills, registers in re.findall(report, log):
-        _keep_largest(found, name, Kernel(0, int(spills), int(registers)))
+        kernel = Kernel(shared_memory.get(name, 0), int(spills), int(registers))
+        _keep_largest(found, name, kernel)
+    return found
+
+
+def shared_memory(modules: Iterable[str]) -> dict[str, int]:
+    """The bytes of shared memory that kernels for GPUs ask for.
+
+    Args:
+        modules: what Mosaic makes of kernels, as text.
+    """
+    found: dict[str, int] = {}
+    for module in modules:
+        name = re.search(r"^module @(\w+)", module, re.MULTILINE)
+        launch = re.search(r'gpu\.launch"\([^)]*(%\w+)\)', module)  # the last of its arguments
+        if name and launch:
+            constant = rf'{launch[1]} = "\S*arith\.constant"\(\) {{value = (\d+) : i32}}'
+            size = int(re.findall(constant, module[: launch.start()])[-1])
+            found[name[1]] = max(found.get(name[1], 0), size)
     return found
 
 

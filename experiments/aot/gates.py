@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.aot.targets import MIB, TPUS, VMEM_LIMIT
+from experiments.aot.targets import KIB, MIB, TPUS, VMEM_LIMIT
 
 MAX_SPILLS, MAX_SPILLED_SHARE = 16, 1 / 12
 """Registers that a kernel may spill, in all or for each bundle of its instructions."""
-MAX_SPILLED_BYTES = 64
+MAX_SPILLED_BYTES = 16
 """The same of a thread on a GPU."""
+THREADS, REGISTERS, SHARED_MEMORY = 128, 65536, 228 * KIB
+"""Threads of a block, and what a multiprocessor has, from Hopper on, for all of its blocks."""
 GROWTH = 8.5 / 8
 """By how much peak memory may grow, at most, where the length does by one."""
 
@@ -24,7 +26,16 @@ def size(kernel: Mapping[str, int], target: str) -> str:
     """What a kernel takes, and spills."""
     if target in TPUS:
         return f"{kernel['memory'] / MIB:.1f} MiB, {kernel['spills']} spilled"
-    return f"{kernel['size']} registers, {kernel['spills']} B spilled"
+    return (
+        f"{kernel['size']} registers, {kernel['spills']} B spilled, "
+        f"{kernel['memory'] / KIB:.0f} KiB, {blocks(kernel)} at once"
+    )
+
+
+def blocks(kernel: Mapping[str, int]) -> int:
+    """How many blocks of threads of a kernel a multiprocessor of a GPU can have at once."""
+    registers = -(-kernel["size"] // 8) * 8 * THREADS
+    return min(REGISTERS // registers, SHARED_MEMORY // (kernel["memory"] + KIB))
 
 
 def failures(records: Sequence[Record]) -> list[str]:

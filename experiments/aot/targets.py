@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 VMEM_LIMIT = 16 * MIB
 """What a TPU's compiler gives a kernel that does not ask for more."""
 

@@ -9,13 +9,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.mosaic.gpu import core as mosaic_gpu
+from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+from jaxlib.mlir import ir
 
 from experiments.aot import cases, dumps
 from experiments.aot.targets import GPUS, TPUS, gpu_config
@@ -62,7 +65,7 @@ def main(job: Mapping[str, Any]) -> None:
                     kernels = dumps.tpu_kernels(hlo, texts)
                 else:
                     output = log.read_bytes()[size:].decode(errors="replace")
-                    kernels = dumps.gpu_kernels(output)
+                    kernels = dumps.gpu_kernels(output, dumps.shared_memory(_modules()))
                 found["kernels"] = {key: kernel._asdict() for key, kernel in kernels.items()}
                 if job["kind"] != "programs":
                     found["cycles"] = dumps.tpu_cycles(hlo)
@@ -75,6 +78,16 @@ def main(job: Mapping[str, Any]) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             for path in set(folder.iterdir()) - before:
                 path.unlink()
+
+
+def _modules() -> Iterator[str]:
+    """The kernels that Mosaic has made for GPUs since this was asked last."""
+    while mosaic_gpu.KNOWN_KERNELS:
+        _, module = mosaic_gpu.KNOWN_KERNELS.popitem()
+        context = mlir.make_ir_context()
+        context.allow_unregistered_dialects = True
+        with context:
+            yield str(ir.Module.parse(module))
 
 
 def _tuple(x: Any) -> Any:

@@ -56,7 +56,26 @@ def test_cycles_of_tpus():
 
 
 def test_kernels_of_gpus():
-    assert dumps.gpu_kernels(PTXAS) == {"attend": Kernel(0, 48, 178)}
+    assert dumps.gpu_kernels(PTXAS, {"other": 7}) == {"attend": Kernel(0, 48, 178)}
+    assert dumps.gpu_kernels(PTXAS, {"attend": 7}) == {"attend": Kernel(7, 48, 178)}
+
+
+def test_shared_memory_of_gpus():
+    constants = '  %1 = "x.arith.constant"() {value = 4 : i32} : () -> i32\n'
+    constants += '  %2 = "x.arith.constant"() {value = 4096 : i32} : () -> i32\n'
+    launch = '  %3 = "x.gpu.launch"(%0, %1, %2) ({\n' + constants.replace("%2", "%1")
+    module = "#map = affine_map<(d0) -> (d0)>\nmodule @attend attributes {a.b} {\n" + constants
+    assert dumps.shared_memory([module + launch, module.replace("attend", "empty")]) == {
+        "attend": 4096
+    }
+
+
+def test_blocks_of_a_multiprocessor():
+    kernel = {"size": 121, "spills": 0, "memory": 50 * 2**10}
+    assert gates.blocks(kernel) == 4  # registers come by eights: 128 for each of 128 threads
+    assert gates.blocks(kernel | {"memory": 100 * 2**10}) == 2
+    assert gates.blocks(kernel | {"memory": 113 * 2**10}) == 2
+    assert gates.blocks(kernel | {"memory": 114 * 2**10}) == 1
 
 
 def test_largest_array():
@@ -105,8 +124,8 @@ def test_nothing_fails_where_all_is_well():
             "kmeans takes 17.0 MiB on the chip, more than 16",
         ),
         (
-            {"target": "h100", "kernels": {"kmeans": {"memory": 0, "spills": 68, "size": 1}}},
-            "kmeans spills 68 bytes, more than 64",
+            {"target": "h100", "kernels": {"kmeans": {"memory": 0, "spills": 20, "size": 1}}},
+            "kmeans spills 20 bytes, more than 16",
         ),
     ],
 )
@@ -169,7 +188,8 @@ def test_tables_show_cycles_memory_and_what_fails():
         "|  |  | 20,000 |",
         "| flash attention, its default blocks, over that sum |  |  | 8.0× |",
         "| attention | 8 (8.0×) | fails |",
-        "| kmeans, attention | 1.0 MiB, 3 spilled | 100 registers, 3 B spilled |",
+        "| kmeans, attention | 1.0 MiB, 3 spilled "
+        "| 100 registers, 3 B spilled, 1024 KiB, 0 at once |",
         "- h100: attention, T=8192: does not compile: no",
     ):
         assert line in text.splitlines()

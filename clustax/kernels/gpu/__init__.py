@@ -1,7 +1,8 @@
-"""Bodies of the kernels for Hopper GPUs, in Mosaic GPU: forward passes, in bfloat16.
+"""Bodies of the kernels for Hopper and Blackwell GPUs, in Mosaic GPU and bfloat16.
 
-A warpgroup works on 64 rows at a time, in the registers that its matrix unit wants: ``ROWS`` and
-``COLUMNS`` are the layouts of what belongs to a row or to a column of a product.
+A warpgroup works on 64 rows at a time, in the registers in which Hopper multiplies, and to which
+Blackwell can load its products: ``ROWS`` and ``COLUMNS`` are the layouts of what belongs to a row
+or to a column of a product. ``products`` is what the two do differently.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 MAX_TOPK = 128  # lists of top-k keys are in registers
+MAX_DIM = 128  # and so are gradients of keys and of values, at once
 SHARED_BYTES = 200 * 2**10  # of the 227 KiB that a block of threads may have
 
 
@@ -34,22 +36,20 @@ def refusal(shape: Shape) -> str | None:
         return f"its kernels for GPUs take bfloat16, not {shape.dtype.name}"
     if shape.topk > MAX_TOPK:
         return f"its kernels for GPUs select at most {MAX_TOPK} keys, not topk={shape.topk}"
+    if max(shape.head_dim, shape.value_dim) > MAX_DIM:
+        return (
+            f"its kernels for GPUs take dims up to {MAX_DIM}, not {shape.head_dim} and "
+            f"{shape.value_dim}"
+        )
     head_dim, value_dim = (round_up(x, WIDTH) for x in (shape.head_dim, shape.value_dim))
-    # Centroids in two parts, two tiles of keys and values each, weights; or queries and top keys.
-    centroids = (2 * shape.num_subclusters + 2) * head_dim + 2 * value_dim + 64
-    groups = (1 + MAX_TOPK // HEIGHT) * (head_dim + 2 * value_dim)
-    if 2 * HEIGHT * max(centroids, groups) > SHARED_BYTES or value_dim > 256:
+    # Centroids in two parts, two tiles of keys and of values, weights.
+    columns = (2 * shape.num_subclusters + 2) * head_dim + 2 * value_dim + HEIGHT
+    if 2 * HEIGHT * columns > SHARED_BYTES:
         return (
             f"num_subclusters={shape.num_subclusters} with dims {shape.head_dim} and "
             f"{shape.value_dim} exceed the memory that threads of a GPU share"
         )
     return None
-
-
-def matrices(*shape: int, swizzle: int = 128) -> Any:
-    """Shared memory for operands of products, whose rows are multiples of ``swizzle`` bytes."""
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n m"]:
@@ -59,7 +59,12 @@ def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n 
 
 def of_columns(ref: Any, shape: tuple[int, int]) -> Shaped[Array, "n m"]:
     """What belongs to each column, in shared memory, for every element of it."""
-    return lax.broadcast_in_dim(_load(ref, layout=COLUMNS), shape, (1,))
+    return lax.broadcast_in_dim(load(ref, COLUMNS), shape, (1,))
+
+
+def load(ref: Any, layout: Any) -> Shaped[Array, " n"]:
+    """What belongs to each row or column, in shared memory."""
+    return _load(ref, layout=layout)
 
 
 def load_rows(ref: Any) -> Shaped[Array, " n"]:

@@ -1,4 +1,4 @@
-"""K-means on Hopper GPUs: one kernel assigns points and sums the members of each cluster.
+"""K-means on GPUs: one kernel assigns points and sums the members of each cluster.
 
 Points and centroids come in parts in bfloat16: codes of ±1 have one, which is exact; float32 has
 two, whose three leading products decide as float32 would but for ties. So both metrics are matrix
@@ -16,8 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt32
 
 from clustax import kmeans
-from clustax.kernels import hopper
+from clustax.kernels import gpu
 from clustax.kernels.common import bfloat16_parts
+from clustax.kernels.gpu import products
+from clustax.kernels.gpu.products import Factors
 
 SLOTS = 2  # tiles of points in flight
 TILES = 16  # of a block
@@ -57,7 +59,7 @@ def hamming(
 
     def expand(centroids):  # the distance is (bits - x·c) / 2
         offset = jnp.full(centroids.shape[:2], num_bits / 2, jnp.float32)
-        return [centroids / 4], offset
+        return [-centroids / 2], offset
 
     return _lloyd(points, [points], jnp.float32(0), start, valid, encode, expand, num_iterations)
 
@@ -75,7 +77,7 @@ def euclidean(
         return sums / jnp.maximum(counts, 1)[..., None]
 
     def expand(centroids):  # the distance is |c|² - 2 x·c + |x|²
-        return bfloat16_parts(centroids), jnp.sum(centroids**2, axis=-1)
+        return bfloat16_parts(-2 * centroids), jnp.sum(centroids**2, axis=-1)
 
     norms = jnp.sum(points**2, axis=-1)
     parts = bfloat16_parts(points)
@@ -92,20 +94,20 @@ def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterati
       start: positions of the points that start the centroids.
       valid: which points count.
       centroids_of: the centroids of clusters, given the sums of their members and how many.
-      expand: what the kernel takes for centroids: parts, and what is added to distances.
+      expand: what the kernel takes for centroids: factors of distances in parts, and what is added.
       num_iterations: number of assignments.
     """
     num_clusters, length = start.shape[1], points.shape[1]
     ids = jnp.arange(num_clusters)
     # Points that do not count are zero, and so add nothing.
     parts = [jnp.where(valid[..., None], part, 0) for part in parts]
-    tiles = min(TILES, -(-length // hopper.HEIGHT))
-    parts = [_aligned(part, tiles * hopper.HEIGHT) for part in parts]
+    tiles = min(TILES, -(-length // gpu.HEIGHT))
+    parts = [_aligned(part, tiles * gpu.HEIGHT) for part in parts]
 
     def assign(centroids, sums):
         centroid_parts, offset = expand(centroids)
-        centroid_parts = [_aligned(part, hopper.HEIGHT) for part in centroid_parts]
-        offset = hopper.pad(offset, 1, hopper.HEIGHT, jnp.inf)
+        centroid_parts = [_aligned(part, gpu.HEIGHT) for part in centroid_parts]
+        offset = gpu.pad(offset, 1, gpu.HEIGHT, jnp.inf)
         index, distance, *sums = _assign(parts, centroid_parts, offset, tiles=tiles, sums=sums)
         index = jnp.where(index < num_clusters, index, 0)[:, :length]  # NaN is nowhere nearest
         index = jnp.where(valid, index, num_clusters)
@@ -129,7 +131,7 @@ def _rows(x: Float[Array, "G T H"], index: Int[Array, "G C"]) -> Float[Array, "G
 
 
 def _aligned(x: Array, rows: int) -> Array:
-    return hopper.pad(hopper.pad(x, 1, rows), 2, hopper.WIDTH)
+    return gpu.pad(gpu.pad(x, 1, rows), 2, gpu.WIDTH)
 
 
 def _assign(
@@ -140,22 +142,22 @@ def _assign(
     tiles: int,
     sums: bool,
 ) -> list[Array]:
-    """The centroid j of least offset_j - 2 x·c_j, C if there is none; this distance; perhaps sums.
+    """The centroid j of least offset_j + x·c_j, C if there is none; this distance; perhaps sums.
 
     Sums are those of each block of ``tiles`` tiles, in float32.
     """
     num_heads, length, width = points[0].shape
-    num_clusters, tile = offset.shape[1], hopper.HEIGHT
+    num_clusters, tile = offset.shape[1], gpu.HEIGHT
     block, shape = tiles * tile, (tile, num_clusters)
     order = max(len(points), len(centroids))  # products of higher parts would be lost to rounding
 
     def body(*refs):
         point_refs, refs = refs[: len(points)], refs[len(points) :]
         centroid_refs, refs = refs[: len(centroids)], refs[len(centroids) :]
-        offset_ref, index_ref, distance_ref, *sums_ref = refs
+        offset_ref, ids_ref, index_ref, distance_ref, *sums_ref = refs
         head, number = lax.axis_index("head"), lax.axis_index("block")
 
-        def work(total, point, centroid, offset, member, index, distance, loaded, ready):
+        def work(total, point, centroid, offset, ids, member, index, distance, loaded, ready):
             def load(i):
                 rows, slot = pl.ds(number * block + i * tile, tile), lax.rem(i, jnp.int32(SLOTS))
                 for part, ref in enumerate(point_refs):
@@ -167,37 +169,35 @@ def _assign(
             for part, ref in enumerate(centroid_refs):
                 plgpu.copy_gmem_to_smem(ref.at[head], centroid.at[part], ready)
             plgpu.copy_gmem_to_smem(offset_ref.at[head], offset, ready)
+            plgpu.copy_gmem_to_smem(ids_ref, ids, ready)
             plgpu.barrier_wait(ready)
-            ids = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
             @pl.loop(0, tiles)
             def _(i):
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
 
-                def products(products):
-                    for p in range(len(points)):
-                        for c in range(min(len(centroids), order - p)):
-                            right = centroid.at[c].transpose((1, 0))
-                            plgpu.wgmma(products, point.at[slot, p], right)
-                    return products[...]
-
-                distances = -2 * pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(shape))
-                distances += hopper.of_columns(offset, shape)
+                factors = [
+                    Factors(point.at[slot, p], centroid.at[c].transpose((1, 0)))
+                    for p in range(len(points))
+                    for c in range(min(len(centroids), order - p))
+                ]
+                plus = gpu.of_columns(offset, shape)
+                distances = products.product(shape, *factors, plus=plus)
                 least = distances.min(axis=1)
-                at_least = distances == hopper.of_rows(least, shape)
-                nearest = jnp.where(at_least, ids, num_clusters).min(axis=1)
+                at_least = distances == gpu.of_rows(least, shape)
+                numbers = gpu.of_columns(ids, shape)
+                nearest = jnp.where(at_least, numbers, num_clusters).min(axis=1)
                 rows = pl.ds(i * tile, tile)
                 index[rows], distance[rows] = nearest, least
                 if sums:
-                    is_member = ids == hopper.of_rows(nearest, shape)
+                    is_member = gpu.of_columns(ids, shape) == gpu.of_rows(nearest, shape)
                     member[...] = jnp.where(is_member, 1.0, 0.0).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 if sums:
-                    for part in range(len(points)):
-                        left = member.transpose((1, 0))
-                        plgpu.wgmma(total, left, point.at[slot, part])
-                    plgpu.wgmma_wait(0)
+                    left = member.transpose((1, 0))
+                    factors = [Factors(left, point.at[slot, p]) for p in range(len(points))]
+                    products.add(total, *factors, anew=i == 0)
                     plgpu.commit_smem()  # all are done with what is loaded anew
 
                 @pl.when(i + SLOTS < tiles)
@@ -208,24 +208,25 @@ def _assign(
             plgpu.copy_smem_to_gmem(index, index_ref.at[head, rows])
             plgpu.copy_smem_to_gmem(distance, distance_ref.at[head, rows])
             if sums:
-                sums_ref[0][head, number] = total[...]
+                sums_ref[0][head, number] = products.read(total)
             plgpu.wait_smem_to_gmem(0)
 
         def allocate(total):
             pl.run_scoped(
                 partial(work, total),
-                point=hopper.matrices(SLOTS, len(points), tile, width),
-                centroid=hopper.matrices(len(centroids), num_clusters, width),
+                point=products.matrices(SLOTS, len(points), tile, width),
+                centroid=products.matrices(len(centroids), num_clusters, width),
                 offset=plgpu.SMEM((num_clusters,), jnp.float32),
-                member=hopper.matrices(*shape),
+                ids=plgpu.SMEM((num_clusters,), jnp.int32),  # registers would spill
+                member=products.matrices(*shape),
                 index=plgpu.SMEM((block,), jnp.int32),
                 distance=plgpu.SMEM((block,), jnp.float32),
                 loaded=plgpu.Barrier(num_arrivals=len(points), num_barriers=SLOTS),
-                ready=plgpu.Barrier(num_arrivals=len(centroids) + 1),
+                ready=plgpu.Barrier(num_arrivals=len(centroids) + 2),
             )
 
         if sums:
-            pl.run_scoped(allocate, plgpu.WGMMAAccumulatorRef((num_clusters, width)))
+            pl.run_scoped(allocate, products.accumulator((num_clusters, width)))
         else:
             allocate(None)
 
@@ -234,6 +235,6 @@ def _assign(
     if sums:
         shape_of_sums = (num_heads, blocks, num_clusters, width)
         outputs.append(jax.ShapeDtypeStruct(shape_of_sums, jnp.float32))
-    operands = [*points, *centroids, offset]
+    operands = [*points, *centroids, offset, jnp.arange(num_clusters, dtype=jnp.int32)]
     grid = {"head": num_heads, "block": blocks}
-    return hopper.launch("assign", body, operands, outputs, grid)
+    return gpu.launch("assign", body, operands, outputs, grid)

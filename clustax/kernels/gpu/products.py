@@ -1,0 +1,90 @@
+"""Matrix products, where generations of GPUs differ.
+
+Hopper's matrix unit sums up in registers, and the warpgroup that asked for a product waits for it.
+Blackwell's sums up in a memory of its own, from which registers are loaded, and arrives at a
+barrier when it is done. Both take operands of bfloat16 from shared memory, and 64 rows of what
+both make come in the same layout of registers: so this is all that bodies of kernels leave open.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from clustax import kernels
+
+
+class Factors(NamedTuple):
+    """Operands of a product, in shared memory."""
+
+    left: Any  # n m
+    right: Any  # m l
+
+
+def matrices(*shape: int, swizzle: int = 128) -> Any:
+    """Shared memory for operands, whose rows are multiples of ``swizzle`` bytes."""
+    if _is_blackwell():  # has the two halves of the columns of 64 rows in different places
+        swizzle //= 2
+    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def product(
+    shape: tuple[int, int], *factors: Factors, plus: Float[Array, "n l"] | None = None
+) -> Float[Array, "n l"]:
+    """The sum of some products, and of what is in registers, in registers."""
+    # Hopper can start with it. The interpreter cannot: JAX 0.12 has forgotten about it there.
+    starts = plus is not None and not _is_blackwell() and kernels.interpret.value is None
+
+    def multiply(sums):
+        if starts:
+            sums[...] = plus
+        add(sums, *factors, anew=True)
+        return read(sums) if starts or plus is None else read(sums) + plus
+
+    return pl.run_scoped(multiply, accumulator(shape))
+
+
+def accumulator(shape: tuple[int, int]) -> Any:
+    """What holds sums of products, for ``pl.run_scoped``: 64 or 128 rows."""
+    return plgpu.TMEM(shape, jnp.float32) if _is_blackwell() else plgpu.WGMMAAccumulatorRef(shape)
+
+
+def add(sums: Any, *factors: Factors, anew: Any = False) -> None:
+    """Adds products, and waits until they are there.
+
+    Args:
+      sums: the accumulator.
+      factors: those of each product.
+      anew: whether what is in the accumulator does not count, as nothing was added before.
+    """
+    if not _is_blackwell():  # its accumulators start at zero
+        for left, right in factors:
+            plgpu.wgmma(sums, left, right)
+        plgpu.wgmma_wait(0)
+        return
+
+    def multiply(done):
+        for number, (left, right) in enumerate(factors):
+            keeps = True if number else jnp.logical_not(anew)
+            plgpu.tcgen05_mma(sums, left, right, accumulate=keeps)
+        plgpu.tcgen05_commit_arrive(done)
+        plgpu.barrier_wait(done)
+
+    pl.run_scoped(multiply, plgpu.Barrier(orders_tensor_core=True))
+
+
+def read(sums: Any) -> Float[Array, "n l"]:
+    """What an accumulator holds."""
+    if not _is_blackwell():
+        return sums[...]
+    layout = plgpu.Layout.WGMMA if sums.shape[0] == 64 else plgpu.Layout.TCGEN05
+    loaded = plgpu.async_load_tmem(sums, layout=layout)
+    plgpu.wait_load_tmem()  # before any warp asks for products that overwrite it
+    return loaded
+
+
+def _is_blackwell() -> bool:
+    return kernels.device() == "blackwell"
