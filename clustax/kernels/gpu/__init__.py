@@ -62,8 +62,8 @@ def of_columns(ref: Any, shape: tuple[int, int]) -> Shaped[Array, "n m"]:
     return lax.broadcast_in_dim(load(ref, COLUMNS), shape, (1,))
 
 
-def load(ref: Any, layout: Any) -> Shaped[Array, " n"]:
-    """What belongs to each row or column, in shared memory."""
+def load(ref: Any, layout: Any) -> Shaped[Array, "..."]:
+    """What shared memory holds, in registers of a layout."""
     return _load(ref, layout=layout)
 
 

@@ -492,7 +492,7 @@ def _sweep(
     init: Callable[[], Any] = lambda: jnp.int32(0),
     *,
     weighed: str | None = None,
-    slope: BFloat16[Array, "n C V"] | None = None,
+    slope: BFloat16[Array, "_ C V"] | None = None,
 ) -> list[Array]:
     """Shows 64 clusters all tiles of a block of keys, for each head, 64 clusters and block.
 
@@ -692,15 +692,13 @@ def _key_gradients(
             def step(i, total, addend):
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
-                *centroid, own_slope, own, own_top = [x.at[slot] for x in clusters] + [None][
-                    : not top
-                ]
+                *centroid, own_slope, own = (x.at[slot] for x in clusters[: num_parts + 2])
                 shift, gain, loss = (gpu.of_columns(own.at[n], TILE) for n in range(3))
                 factors = [Factors(key, part.transpose((1, 0))) for part in centroid]
                 logits = products.product(TILE, *factors) + gpu.of_rows(addend, TILE)
                 weights = jnp.exp(logits - shift)
-                if own_top is not None:
-                    words = [gpu.of_columns(own_top.at[n], TILE) for n in range(2)]
+                if top:
+                    words = [gpu.of_columns(clusters[-1].at[slot, n], TILE) for n in range(2)]
                     weights = _outside(weights, 0.0, words, row)
                 slopes = products.product(TILE, Factors(value, own_slope.transpose((1, 0))))
                 gradients = weights * (gain * slopes - loss)
