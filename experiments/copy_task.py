@@ -32,10 +32,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from clustax import ClusteredAttention
-from clustax.baselines import Reformer
 from clustax.models.common import AttentionFn, sinusoids
 from clustax.models.encoder import Encoder
 from experiments.common import training
+from experiments.common.attentions import papers_reformer
 from experiments.common.checkpoints import CheckpointError
 from experiments.common.files import BrokenFileError, read_json, whole_file
 from experiments.common.journal import revision
@@ -190,38 +190,18 @@ def cells(settings: Settings) -> list[Cell]:
     ]
 
 
-@dataclass(frozen=True)
-class QueriesAsKeys:
-    """An attention whose keys are its queries, so that a model's projection of keys is left out.
-
-    Attributes:
-        attention: what attends.
-    """
-
-    attention: Reformer
-
-    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
-        """Attends as `attention` does; the keys make no difference."""
-        del key
-        return self.attention(query, query, value, **options)
-
-
 def attention_of(settings: Settings, cell: Cell) -> AttentionFn:
     """The attention of a cell; that of lsh is the one that the paper's authors compare with."""
     common = settings.attentions
     if cell.size is None:
         return jax.nn.dot_product_attention
     if cell.method == "lsh":
-        return QueriesAsKeys(
-            Reformer(
-                rounds=cell.size,
-                num_buckets=common.num_buckets,
-                chunk_size=common.chunk_size,
-                merge="uniform",
-                same_bucket=False,
-                scale=settings.model.head_dim**-0.5,
-                seed=cell.seed,
-            )
+        return papers_reformer(
+            cell.size,
+            settings.model.head_dim,
+            num_buckets=common.num_buckets,
+            chunk_size=common.chunk_size,
+            seed=cell.seed,
         )
     return ClusteredAttention.paper(
         num_clusters=cell.size,

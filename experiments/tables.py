@@ -252,6 +252,76 @@ def copy_task(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{caption}"
 
 
+def asr_ctc(record: Mapping[str, Any]) -> str:
+    """The tables of experiments.asr_ctc: errors and times, and what other attentions make of it."""
+    models, data = record["models"], record["data"]
+    sets = list(models[0]["errors"])
+    has_long = "step" in models[0]["times"]
+    tested = next(iter(models[0]["beam"]))
+    header = (
+        "trained with",
+        "layers",
+        *sets,
+        f"{tested}, beam",
+        "s for an epoch",
+        "min to best",
+        "ms, forward",
+        *(["s, long, forward and backward"] if has_long else []),
+    )
+    rows = []
+    for model in models:
+        times = model["times"]
+        rows.append(
+            (
+                _attention(model),
+                str(model["layers"]),
+                *(_rate(model["errors"][name]) for name in sets),
+                _rate(model["beam"][tested]),
+                f"{model['seconds_per_epoch']:.0f}",
+                f"{model['seconds_to_best'] / 60:.1f}",
+                f"{1000 * times['forward'] / times['forward_batch']:.0f}",
+                *([f"{times['step']:.1f}"] if has_long else []),
+            )
+        )
+    shown = [model for model in models if model["layers"] == record["settings"]["model"]["layers"]]
+    swaps = [
+        (name, *(f"{100 * model['swaps'][name]:.1f}" for model in shown))
+        for name in shown[0]["swaps"]
+    ]
+    size, how, times = (
+        record["settings"]["model"],
+        record["settings"]["optimisation"],
+        models[0]["times"],
+    )
+    long = f", of the long one {times['step_frames']}" if has_long else ""
+    caption = (
+        f"Phone errors, %. {data['train']['hours']:.1f} hours to train on, "
+        f"{data['train']['mean_frames']:.0f} frames on average; {size['heads']} heads × {size['head_dim']}, {how['steps']} steps, k = "
+        f"{record['settings']['attentions']['topk']}. Times forward are of an utterance of "
+        f"{times['forward_frames']} frames{long}; on {record['device']}, jax "
+        f"{record['versions']['jax']}, commit "
+        f"{', '.join(commit[:9] for commit in record['commits'])}."
+    )
+    return "\n\n".join(
+        (
+            markdown_table(header, rows),
+            caption,
+            "Phone errors on valid, %, of models trained with one attention (columns) and "
+            "evaluated with another (rows):",
+            markdown_table(("", *map(_attention, shown)), swaps),
+        )
+    )
+
+
+def _attention(model: Mapping[str, Any]) -> str:
+    return model["method"] if model["size"] is None else f"{model['method']}-{model['size']}"
+
+
+def _rate(errors: Mapping[str, int]) -> str:
+    wrong = errors["substitutions"] + errors["deletions"] + errors["insertions"]
+    return f"{100 * wrong / max(1, errors['phones']):.1f}"
+
+
 def glue(record: Mapping[str, Any]) -> str:
     """The tables of experiments.glue: all texts, and those that are long enough to be changed."""
     found: dict[tuple[str, str, str], dict[str, list[Mapping[str, Any]]]] = {}

@@ -46,6 +46,27 @@ POCKETSPHINX = DebianPackage(
 )
 """The test data of a speech recogniser, with ten transcribed clips. BSD-2-Clause."""
 
+FLITE_PROGRAM = DebianPackage(
+    "flite",
+    "2.2-5",
+    "f4ce03470bf9974c2cb9cacd981e6be29339ef4c97cf994dd6fa3f90e6544db9",
+)
+"""The programs of a speech synthesiser, for x86-64. BSD-like."""
+
+FLITE_LIBRARY = DebianPackage(
+    "libflite1",
+    "2.2-5",
+    "bfa8c591f1b47730b30b372ec38e02918a1c9795eada67684e1746390ad2f061",
+)
+"""Its voices."""
+
+ALSA = DebianPackage(
+    "libasound2",
+    "1.2.8-1+b1",
+    "44c77b076a7b11ae99712439022d822245b1994c435da564ebd320bb676faf4c",
+)
+"""The library for sound cards that flite is linked to. LGPL-2.1."""
+
 
 def read_files(package: DebianPackage, folder: str) -> dict[str, bytes]:
     """Reads the files below a folder of a package, by their paths in that folder.

