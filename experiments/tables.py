@@ -430,6 +430,7 @@ SECTIONS = {
     "aot/jax-0.10": aot,
     "breakdown": breakdown,
     "copy_task/results": copy_task,
+    "glue/results": glue,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
