@@ -185,6 +185,12 @@ class Kaldi:
         """Refuses what is incomplete."""
         if self.given and not (self.train and self.valid and self.tests):
             raise ValueError("kaldi must have train, valid and tests, or none of them.")
+        folders = {folder for folder in (self.train, self.valid, *self.tests) if folder}
+        if len({folder.name for folder in folders}) < len(folders):
+            raise ValueError(
+                f"kaldi must have directories of different names, got {sorted(map(str, folders))}: "
+                "tables call them by these."
+            )
 
     @property
     def given(self) -> bool:
@@ -236,6 +242,9 @@ class Settings:
         for name in ("depths", "clusters", "rounds", "swapped", "lengths", "long_lengths"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("lengths", "long_lengths"):
+            if sorted(getattr(self, name)) != list(getattr(self, name)):
+                raise ValueError(f"{name} must be in order, got {getattr(self, name)}.")
         for name in ("beam", "timed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -395,8 +404,8 @@ def load_data(settings: Settings, progress: Progress) -> Data:
     for part in PARTS:
         corpus = Synthetic(part, settings.speech)
         found[part] = store.prepare(corpus, settings.data / part, identity, progress, part)
-    prompts = {"code": store.code()}
-    real = store.prepare(Prompts(), settings.data / "real", prompts, progress, "real")
+    code = {"code": store.code()}
+    real = store.prepare(Prompts(), settings.data / "real", code, progress, "real")
     tests = {part: found[part] for part in ("test", "voice", "noisy")}
     return Data(found["train"], found["valid"], {**tests, "real": real}, found["long"])
 
@@ -410,7 +419,8 @@ def _load_kaldi(settings: Settings, progress: Progress) -> Data:
         assert folder is not None  # Settings has made sure.
         corpus = KaldiDirectory(folder, lexicon, problems)
         to = settings.data / "kaldi" / folder.name
-        found.append(store.prepare(corpus, to, corpus.identity, progress, folder.name))
+        identity = {**corpus.identity, "code": store.code()}
+        found.append(store.prepare(corpus, to, identity, progress, folder.name))
     for line in problems.found:
         progress.console.print(line, highlight=False)
     train, valid, *tests = found
@@ -506,8 +516,10 @@ TRAINED_WITH = (
 )  # fmt: skip
 
 
-def train_cell(settings: Settings, cell: Cell, data: Data, progress: Progress) -> SpeechModel:
-    """Trains the model of a cell, or reads it if that is done already."""
+def train_cell(
+    settings: Settings, cell: Cell, data: Data, progress: Progress
+) -> tuple[SpeechModel, list[dict[str, Any]]]:
+    """Trains the model of a cell, or reads it if that is done already; with the log."""
     folder = run_folder(settings, cell)
     parts = {name: dataclasses.asdict(settings)[name] for name in TRAINED_WITH}
     identity = json.loads(json.dumps(parts, default=str))
@@ -524,7 +536,7 @@ def train_cell(settings: Settings, cell: Cell, data: Data, progress: Progress) -
         model.train()
         return -errors_of(said, data.valid).rate
 
-    model, _ = training.train(
+    model, log = training.train(
         build(settings, cell, len(data.train.phones.all), bins),
         models.loss,
         feed,
@@ -537,7 +549,7 @@ def train_cell(settings: Settings, cell: Cell, data: Data, progress: Progress) -
         optimizer(settings.optimisation),
     )
     model.eval()
-    return model
+    return model, log
 
 
 def run_folder(settings: Settings, cell: Cell) -> Path:
@@ -550,10 +562,9 @@ def run_cell(
 ) -> tuple[SpeechModel, dict[str, Any]]:
     """Trains and tests the model of a cell, unless that is done already."""
     path = run_folder(settings, cell) / "result.json"
-    model = train_cell(settings, cell, data, progress)
+    model, log = train_cell(settings, cell, data, progress)
     if path.exists():
         return model, read_json(path)
-    log = [json.loads(line) for line in (path.parent / "scalars.jsonl").read_text().splitlines()]
     frames = frames_of(settings)
     errors, beam = {}, {}
     for name, dataset in data.sets.items():

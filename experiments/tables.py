@@ -296,7 +296,8 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
     long = f", of the long one {times['step_frames']}" if has_long else ""
     caption = (
         f"Phone errors, %. {data['train']['hours']:.1f} hours to train on, "
-        f"{data['train']['mean_frames']:.0f} frames on average; {size['heads']} heads × {size['head_dim']}, {how['steps']} steps, k = "
+        f"{data['train']['mean_frames']:.0f} frames on average; {size['heads']} heads × "
+        f"{size['head_dim']}, {how['steps']} steps, k = "
         f"{record['settings']['attentions']['topk']}. Times forward are of an utterance of "
         f"{times['forward_frames']} frames{long}; on {record['device']}, jax "
         f"{record['versions']['jax']}, commit "

@@ -78,6 +78,10 @@ def load(folder: Path) -> tuple[SpeechModel, Phones]:
     return model, phones
 
 
+BLOCK = 2048
+"""What the padded length is a multiple of: attention by blocks then takes little memory."""
+
+
 def transcribe(model: SpeechModel, phones: Phones, audio: np.ndarray, beam: int) -> list[str]:
     """The phones of a recording.
 
@@ -93,8 +97,10 @@ def transcribe(model: SpeechModel, phones: Phones, audio: np.ndarray, beam: int)
     features = filterbank(audio)
     if not len(features):
         raise AudioError(f"The recording must have 25 ms at least, got {len(audio)} samples.")
-    logits = model(jnp.asarray(normalise(features))[None], jnp.array([len(features)]))
-    said = np.asarray(jax.nn.log_softmax(logits))[0]
+    padding = ((0, -len(features) % BLOCK), (0, 0))
+    padded = jnp.asarray(np.pad(normalise(features), padding))
+    logits = model(padded[None], jnp.array([len(features)]))
+    said = np.asarray(jax.nn.log_softmax(logits))[0, : len(features)]
     return phones.names(decoding.beam(said, beam) if beam else decoding.greedy(said))
 
 

@@ -24,7 +24,7 @@ SHARD = 50
 def code() -> str:
     """Says of which code features are: what it is, as those of other code are others."""
     here = Path(__file__).parent
-    names = ("phones.py", "synthesis.py", "corpus.py", "features.py", "store.py")
+    names = ("phones.py", "synthesis.py", "corpus.py", "features.py", "real.py", "store.py")
     digest = hashlib.sha256()
     for name in names:
         digest.update((here / name).read_bytes())

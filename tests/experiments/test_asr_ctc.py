@@ -372,6 +372,7 @@ def test_the_preset_may_be_an_option(monkeypatch):
         ({"clusters": (0,)}, "clusters must be at least 1"),
         ({"lengths": (5, 5)}, "lengths must be different"),
         ({"beam": 0}, "beam must be at least 1"),
+        ({"lengths": (9, 5)}, "lengths must be in order"),
     ],
 )
 def test_settings_are_checked(settings, message, tmp_path):
@@ -379,6 +380,9 @@ def test_settings_are_checked(settings, message, tmp_path):
         Settings(**settings)
     with pytest.raises(ValueError, match="kaldi must have train, valid and tests"):
         Kaldi(train=tmp_path)
+    twice = (tmp_path / "a" / "x", tmp_path / "b" / "x")
+    with pytest.raises(ValueError, match="kaldi must have directories of different names"):
+        Kaldi(train=twice[0], valid=twice[0], tests=twice)
     with pytest.raises(ValueError, match="frame_weight must not be negative"):
         Optimisation(frame_weight=-1.0)
     with pytest.raises(ValueError, match="bands must not be negative"):
