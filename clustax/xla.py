@@ -67,7 +67,7 @@ class Attended(NamedTuple):
 class AtCentroids(NamedTuple):
     """What the queries of each cluster share."""
 
-    index: Int[Array, "C k"] | None  # the top-k keys
+    top_keys: Int[Array, "C k"] | None
     top_lse: Float[Array, "C R"] | None  # log-sum-exp of their logits at each sub-cluster
     tail: Attended  # over all other keys: mean C V, lse C R
 
@@ -167,7 +167,7 @@ def attend_head(
     if topk == 0:
         return at_centroids.tail.mean.at[assignment].get(mode="fill", fill_value=0)
 
-    tile_index = at_centroids.index[tiles.cluster]  # L k
+    tile_index = at_centroids.top_keys[tiles.cluster]  # L k
     tile_keys = jax.tree.map(lambda x: x[tile_index], keys)  # L k …
     top = attend_keys(attention_logits(queries, tile_keys, scale), tile_keys.value)  # L M …
     tail_mean, tail_lse = at_centroids.tail
