@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
@@ -86,6 +87,8 @@ def _modules() -> Iterator[str]:
         _, module = mosaic_gpu.KNOWN_KERNELS.popitem()
         context = mlir.make_ir_context()
         context.allow_unregistered_dialects = True
+        mgpu.dialect.register_dialect(context)
+        context.load_all_available_dialects()
         with context:
             yield str(ir.Module.parse(module))
 

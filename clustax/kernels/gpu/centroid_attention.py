@@ -651,18 +651,22 @@ def _key_gradients(
     num_parts = len(operands.centroids)
     num_heads, num_subclusters, num_clusters, head_dim = operands.centroids[0].shape
     num_key_heads, num_keys, value_dim = operands.value.shape
-    group, num_tiles = num_heads // num_key_heads, num_clusters // gpu.HEIGHT
-    steps = num_tiles * num_subclusters  # of a head
+    group = num_heads // num_key_heads
+    # So many clusters at a time; with 64, Hopper's registers would spill if dims are 128.
+    width = 64 if head_dim + value_dim <= 192 else 32
+    tile = (KEYS, width)
+    steps = num_clusters // width * num_subclusters  # of a head
     columns = jnp.stack(gradient, axis=2)  # G R 3 C
     top = [] if operands.top is None else [operands.top]
     moved = [*operands.centroids, slope, columns, *top]
-    memory = [products.matrices(SLOTS, gpu.HEIGHT, head_dim) for _ in range(num_parts)]
+    matrices = partial(products.matrices, swizzle=2 * width)
+    memory = [matrices(SLOTS, width, head_dim) for _ in range(num_parts)]
     memory += [
-        products.matrices(SLOTS, gpu.HEIGHT, value_dim),
-        plgpu.SMEM((SLOTS, len(gradient), gpu.HEIGHT), jnp.float32),
+        matrices(SLOTS, width, value_dim),
+        plgpu.SMEM((SLOTS, len(gradient), width), jnp.float32),
     ]
     if top:
-        memory.append(plgpu.SMEM((SLOTS, KEYS // WORD, gpu.HEIGHT), jnp.int32))
+        memory.append(plgpu.SMEM((SLOTS, KEYS // WORD, width), jnp.int32))
 
     def body(key_ref, value_ref, addend_ref, *refs):
         refs, (d_key_ref, d_value_ref, d_addend_ref) = refs[: len(moved)], refs[len(moved) :]
@@ -675,7 +679,7 @@ def _key_gradients(
                 head, place = lax.div(i, jnp.int32(steps)), lax.rem(i, jnp.int32(steps))
                 head += key_head * group
                 r = lax.rem(place, jnp.int32(num_subclusters))
-                of_tile = pl.ds(lax.div(place, jnp.int32(num_subclusters)) * KEYS, gpu.HEIGHT)
+                of_tile = pl.ds(lax.div(place, jnp.int32(num_subclusters)) * width, width)
                 at = [(head, r, of_tile)] * num_parts
                 at += [(head, of_tile), (head, r, slice(None), of_tile)]
                 at += [(head, number, slice(None), of_tile)] * len(top)
@@ -687,20 +691,20 @@ def _key_gradients(
             for i in range(min(SLOTS, group * steps)):
                 load(jnp.int32(i))
             plgpu.barrier_wait(ready)
-            row = plgpu.broadcasted_iota(jnp.int32, TILE, 0, layout=plgpu.Layout.WGMMA)
+            row = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=plgpu.Layout.WGMMA)
 
             def step(i, total, addend):
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
                 *centroid, own_slope, own = (x.at[slot] for x in clusters[: num_parts + 2])
-                shift, gain, loss = (gpu.of_columns(own.at[n], TILE) for n in range(3))
+                shift, gain, loss = (gpu.of_columns(own.at[n], tile) for n in range(3))
                 factors = [Factors(key, part.transpose((1, 0))) for part in centroid]
-                logits = products.product(TILE, *factors) + gpu.of_rows(addend, TILE)
+                logits = products.product(tile, *factors) + gpu.of_rows(addend, tile)
                 weights = jnp.exp(logits - shift)
                 if top:
-                    words = [gpu.of_columns(clusters[-1].at[slot, n], TILE) for n in range(2)]
+                    words = [gpu.of_columns(clusters[-1].at[slot, n], tile) for n in range(2)]
                     weights = _outside(weights, 0.0, words, row)
-                slopes = products.product(TILE, Factors(value, own_slope.transpose((1, 0))))
+                slopes = products.product(tile, Factors(value, own_slope.transpose((1, 0))))
                 gradients = weights * (gain * slopes - loss)
                 weight[...] = (weights * gain).astype(jnp.bfloat16)
                 d_logit[...] = gradients.astype(jnp.bfloat16)
@@ -736,11 +740,11 @@ def _key_gradients(
         def allocate(d_key, d_value):
             pl.run_scoped(
                 partial(work, d_key, d_value),
-                key=products.matrices(KEYS, head_dim),
-                value=products.matrices(KEYS, value_dim),
+                key=matrices(KEYS, head_dim),
+                value=matrices(KEYS, value_dim),
                 clusters=memory,
-                weight=products.matrices(*TILE),
-                d_logit=products.matrices(*TILE),
+                weight=matrices(*tile),
+                d_logit=matrices(*tile),
                 ready=plgpu.Barrier(num_arrivals=2),
                 loaded=plgpu.Barrier(num_arrivals=len(moved), num_barriers=SLOTS),
             )
