@@ -87,7 +87,7 @@ def _modules() -> Iterator[str]:
         _, module = mosaic_gpu.KNOWN_KERNELS.popitem()
         context = mlir.make_ir_context()
         context.allow_unregistered_dialects = True
-        mgpu.dialect.register_dialect(context)
+        mgpu.dialect.register_dialect(context)  # pyright: ignore[reportPrivateImportUsage]
         context.load_all_available_dialects()
         with context:
             yield str(ir.Module.parse(module))

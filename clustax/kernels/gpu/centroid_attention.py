@@ -123,7 +123,7 @@ def centroid_attention(
     def of_subclusters(x):  # G C R … -> G R C …
         return gpu.pad(jnp.swapaxes(x, 1, 2), 2, gpu.HEIGHT)
 
-    index, mean, lse = _attend(
+    attended: Any = _attend(
         of_subclusters(gpu.pad(scale * centroids, 3, gpu.WIDTH)),
         gpu.pad(gpu.pad(key, 1, block), 2, gpu.WIDTH),
         gpu.pad(gpu.pad(value, 1, block), 2, gpu.WIDTH),
@@ -132,6 +132,7 @@ def centroid_attention(
         topk,
         num_keys,
     )
+    index, mean, lse = attended
     return CentroidAttention(
         index[:, :num_clusters],
         mean[:, :num_clusters, : value.shape[-1]],

@@ -126,6 +126,8 @@ def _attend_backward(residuals, d_rows):
 
     def work(tile: Tile, scratch, refs):
         d_query, d_key, d_value, d_addend, d_scale, *d_tail = refs
+        of_tail: Any = d_tail or (None, None)
+        d_tail_mean, d_tail_lse = of_tail
         logits_shape = height, topk
         scores, weights, lse = tile.softmax()
         own = tile.d_rows
@@ -138,7 +140,6 @@ def _attend_backward(residuals, d_rows):
             rows = gpu.load(own, plgpu.Layout.WGMMA).astype(jnp.float32)
             d_rest = (rows * gpu.of_columns(tile.keys.tail_mean, shape)).sum(axis=1)
             d_lse = mass * (1 - mass) * (d_mean - d_rest)
-            d_tail_mean, d_tail_lse = d_tail
             scratch.d_tail_mean[...] = (rows * gpu.of_rows(1 - mass, shape)).sum(axis=0)
             d_tail_lse[tile.place] = -d_lse
             d_logits *= gpu.of_rows(mass, logits_shape)
@@ -211,8 +212,8 @@ class Tile(NamedTuple):
     keys: Keys
     d_rows: Any  # 64 V, or None
     scale: Float[Array, ""]
-    tail_lse: Float[Array, " 64"] | None
-    top_lse: Float[Array, " 64"] | None
+    tail_lse: Any  # 64, or None
+    top_lse: Any  # 64, or None
 
     def softmax(self) -> tuple[Array, Array, Array]:
         """Products of queries and keys (64 k), softmax over keys (64 k), log-sum-exp (64)."""
