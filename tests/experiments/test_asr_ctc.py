@@ -2,6 +2,7 @@
 # ruff: noqa: E402  What the extra `experiments` brings may be missing.
 
 import dataclasses
+import io
 import itertools
 import json
 import sys
@@ -276,7 +277,7 @@ def trained(tmp_path_factory):
         data=root / "features",
         output=root / "results",
     )
-    console = Console(record=True, width=200, file=open(root / "said", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     asr_ctc.run(settings, console)
     return settings, json.loads((root / "results" / "results.json").read_text()), console
 
