@@ -89,21 +89,28 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("device", "num_subclusters", "topk", "has_bias"),
-    [("hopper", 1, 5, True), ("hopper", 2, 0, False), ("blackwell", 2, 11, True)],
+    ("device", "num_subclusters", "topk", "has_bias", "head_dim", "value_dim"),
+    [
+        ("hopper", 1, 5, True, 16, 8),
+        ("hopper", 2, 0, False, 100, 128),
+        ("blackwell", 2, 11, True, 100, 128),
+    ],
 )
-def test_centroid_attention_is_that_of_xla(device, num_subclusters, topk, has_bias):
-    num_heads, num_clusters, num_keys, value_dim = 2, 3, 150, 8
+def test_centroid_attention_is_that_of_xla(
+    device, num_subclusters, topk, has_bias, head_dim, value_dim
+):
+    num_heads, num_clusters, num_keys = 2, 3, 150
     # The last cluster is empty, and its centroid makes all keys alike.
     counts = jnp.arange(1, num_subclusters + 1) * jnp.array([[4], [7], [0]])
     subclusters = xla.Subclusters(jnp.zeros((1, 1), jnp.int32), counts)
     share = None if num_subclusters == 1 else jnp.stack([subclusters.share] * num_heads)
     given = {
-        "centroids": 2 * normal(0, num_heads, num_clusters, num_subclusters, 16).at[:, -1].set(0),
-        "key": normal(1, 1, num_keys, 16, dtype=jnp.bfloat16),
+        "centroids": normal(0, num_heads, num_clusters, num_subclusters, head_dim),
+        "key": normal(1, 1, num_keys, head_dim, dtype=jnp.bfloat16),
         "value": normal(2, 1, num_keys, value_dim, dtype=jnp.bfloat16),
-        "scale": jnp.float32(0.8),
+        "scale": jnp.float32(6 / head_dim**0.5),
     }
+    given["centroids"] = given["centroids"].at[:, -1].set(0)
     if has_bias:
         bias = normal(3, num_heads, num_keys).at[:, ::3].set(xla.MASKED)
         given["bias"] = bias.at[1, 4:].set(xla.MASKED)  # fewer keys count than are chosen
