@@ -150,7 +150,7 @@ def test_centroid_attention_is_that_of_xla(
     np.testing.assert_array_equal(jnp.sort(index), jnp.sort(expected_index))
     assert largest_error(mean, expected[0]) < 1e-2
     assert largest_error(lse, expected[1]) < 1e-4
-    assert_close(gradients, expected_gradients, 1e-2)
+    assert_close(gradients, expected_gradients, 2e-2)
 
 
 @pytest.mark.parametrize(
