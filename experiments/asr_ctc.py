@@ -286,7 +286,7 @@ CPU = Settings(
     ),
 )
 PRESETS = {
-    "cpu": ("Small models and five voices, for a machine without an accelerator.", CPU),
+    "cpu": ("Small models and three voices, for a machine without an accelerator.", CPU),
     "paper": (
         "The paper's model, as far as it is known; its speech is --kaldi.train and so on.",
         Settings(

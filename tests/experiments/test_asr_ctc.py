@@ -32,7 +32,7 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from experiments import asr_ctc, transcribe
+from experiments import asr_ctc, tables, transcribe
 from experiments.asr_ctc import Cell, Feed, Kaldi, Optimisation, Settings, SpecAugment
 from experiments.common import training
 from experiments.common.attentions import QueriesAsKeys
@@ -306,6 +306,10 @@ def test_run_on_kaldi_directories_writes_results(trained):
     for picture in ("costs", "curves"):
         assert (settings.output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert "lsh-1_1-layers" in console.export_text()
+    header, _, *lines = tables.asr_ctc(record).splitlines()
+    assert header.startswith("| trained with | layers | valid | data | data, beam |")
+    rate = 100 * decoding.Errors(**record["models"][1]["errors"]["valid"]).rate
+    assert any(line.startswith(f"| lsh-1 | 1 | {rate:.1f} | {rate:.1f} |") for line in lines)
 
 
 @pytest.mark.once
