@@ -30,13 +30,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from clustax import ClusteredAttention
 from clustax.baselines import OracleTopk
 from clustax.models.common import AttentionFn
 from experiments.common import training
-from experiments.common.attentions import QueriesAsKeys, papers_reformer
-from experiments.common.checkpoints import CheckpointError
+from experiments.common.attentions import Attentions, QueriesAsKeys
 from experiments.common.chunked import Chunked
+from experiments.common.command import RESUME, serve
 from experiments.common.debian import (
     ALSA,
     ASTERISK_SOUNDS,
@@ -44,12 +43,11 @@ from experiments.common.debian import (
     FLITE_LIBRARY,
     FLITE_PROGRAM,
 )
-from experiments.common.files import BrokenFileError, read_json, whole_file
+from experiments.common.files import read_json, whole_file
 from experiments.common.journal import Journal, revision
-from experiments.common.packages import BROWN, ESPEAK_NG, PackageUnavailableError
-from experiments.common.rows import DataError, Malformed, Problems
+from experiments.common.packages import BROWN, ESPEAK_NG
+from experiments.common.rows import Malformed, Problems
 from experiments.common.timing import take_turns
-from experiments.common.training import TrainingError
 from experiments.speech import decoding, store
 from experiments.speech import model as models
 from experiments.speech.corpus import PARTS, Speech, Synthetic
@@ -62,22 +60,6 @@ from experiments.swap import shared
 
 Method = Literal["full", "clustered", "improved", "default", "lsh"]
 """Exact attention, the paper's two in its setting, this library's default, and Reformer's."""
-
-
-@dataclass(frozen=True)
-class Attentions:
-    """What the methods have in common."""
-
-    topk: int = 32
-    """Keys with exact weights, of improved and default, and of the oracle."""
-    num_bits: int = 63
-    """Bits in a hash code, of clustered and improved."""
-    num_iterations: int = 10
-    """Assignments in K-means, of clustered and improved."""
-    num_buckets: int = 64
-    """Buckets of lsh in a round."""
-    chunk_size: int = 32
-    """Frames in a chunk of lsh."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +207,7 @@ class Settings:
     speech: Speech = dataclasses.field(default_factory=Speech)
     kaldi: Kaldi = dataclasses.field(default_factory=Kaldi)
     model: Model = dataclasses.field(default_factory=Model)
-    attentions: Attentions = dataclasses.field(default_factory=Attentions)
+    attentions: Attentions = dataclasses.field(default_factory=partial(Attentions, num_bits=63))
     optimisation: Optimisation = dataclasses.field(default_factory=Optimisation)
     augment: SpecAugment = dataclasses.field(default_factory=SpecAugment)
     data: Path = Path("results/speech")
@@ -304,6 +286,11 @@ PRESETS = {
 }
 
 
+def named(method: str, size: int | None) -> str:
+    """What tables call an attention: the method with its size, if it has one."""
+    return method if size is None else f"{method}-{size}"
+
+
 class Cell(NamedTuple):
     """One of the models."""
 
@@ -314,7 +301,7 @@ class Cell(NamedTuple):
     @property
     def attention(self) -> str:
         """The method with its size."""
-        return self.method if self.size is None else f"{self.method}-{self.size}"
+        return named(self.method, self.size)
 
     @property
     def name(self) -> str:
@@ -342,30 +329,13 @@ def exact_attention() -> AttentionFn:
 
 def attention_of(settings: Settings, method: str, size: int | None) -> AttentionFn:
     """The attention of a method, or one that trained models are only tried with."""
-    common = settings.attentions
-    if method == "lsh":
-        return papers_reformer(
-            size or 1,
-            settings.model.head_dim,
-            num_buckets=common.num_buckets,
-            chunk_size=common.chunk_size,
-            seed=settings.seed,
-        )
     if method == "shared-qk":
         return QueriesAsKeys(exact_attention())
     if method == "oracle-top":
-        return OracleTopk(topk=common.topk)
+        return OracleTopk(topk=settings.attentions.topk)
     if size is None:
         return exact_attention()
-    if method == "default":
-        return ClusteredAttention(num_clusters=size, topk=common.topk, seed=settings.seed)
-    return ClusteredAttention.paper(
-        num_clusters=size,
-        topk=common.topk if method == "improved" else 0,
-        num_bits=common.num_bits,
-        num_iterations=common.num_iterations,
-        seed=settings.seed,
-    )
+    return settings.attentions.make(method, size, settings.model.head_dim, settings.seed)
 
 
 @dataclass(frozen=True)
@@ -585,6 +555,7 @@ def run_cell(
     result = {
         **cell._asdict(),
         "label": cell.name,
+        "attention": cell.attention,
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "errors": errors,
         "beam": beam,
@@ -614,7 +585,7 @@ def swaps(settings: Settings) -> dict[str, AttentionFn]:
     }
     tried = [("full", None), ("shared-qk", None)]
     tried += [(method, size) for method, found in sizes.items() for size in found]
-    found = {f"{m}-{s}" if s else m: attention_of(settings, m, s) for m, s in tried}
+    found = {named(m, s): attention_of(settings, m, s) for m, s in tried}
     topk = settings.attentions.topk
     return {**found, f"oracle-top-{topk}": attention_of(settings, "oracle-top", None)}
 
@@ -835,22 +806,7 @@ def main() -> None:
     settings = tyro.extras.overridable_config_cli(
         PRESETS, prog="python -m experiments.asr_ctc", args=arguments(sys.argv[1:])
     )
-    try:
-        run(settings, Console())
-    except (
-        TrainingError,
-        CheckpointError,
-        BrokenFileError,
-        DataError,
-        PackageUnavailableError,
-    ) as error:
-        raise SystemExit(str(error)) from None
-    except OSError as error:
-        raise SystemExit(
-            f"{error}. Nothing is lost: see to that, and start it again to go on."
-        ) from None
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted: start it again to go on.") from None
+    serve(partial(run, settings, Console()), RESUME)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,15 +32,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from clustax import ClusteredAttention
 from clustax.models.common import AttentionFn, sinusoids
 from clustax.models.encoder import Encoder
 from experiments.common import training
-from experiments.common.attentions import papers_reformer
-from experiments.common.checkpoints import CheckpointError
-from experiments.common.files import BrokenFileError, read_json, whole_file
+from experiments.common.attentions import Attentions
+from experiments.common.command import RESUME, serve
+from experiments.common.files import read_json, whole_file
 from experiments.common.journal import revision
-from experiments.common.training import Optimisation, Sums, TrainingError
+from experiments.common.training import Optimisation, Sums
 from experiments.swap import shared
 
 Method = Literal["full", "clustered", "improved", "lsh"]
@@ -67,22 +67,6 @@ class Model:
     learned_positions: bool = False
     """Whether the encodings of positions are learned: from sinusoids, lsh hardly finds that places
     half a sequence apart are to be alike, as its queries are its keys."""
-
-
-@dataclass(frozen=True)
-class Attentions:
-    """What the methods have in common."""
-
-    topk: int = 32
-    """Keys with exact weights, of improved."""
-    num_bits: int = 32
-    """Bits in a hash code, of clustered and improved."""
-    num_iterations: int = 10
-    """Assignments in K-means, of clustered and improved."""
-    num_buckets: int = 64
-    """Buckets of lsh in a round."""
-    chunk_size: int = 32
-    """Tokens in a chunk of lsh."""
 
 
 @dataclass(frozen=True)
@@ -191,25 +175,10 @@ def cells(settings: Settings) -> list[Cell]:
 
 
 def attention_of(settings: Settings, cell: Cell) -> AttentionFn:
-    """The attention of a cell; that of lsh is the one that the paper's authors compare with."""
-    common = settings.attentions
+    """The attention of a cell."""
     if cell.size is None:
         return jax.nn.dot_product_attention
-    if cell.method == "lsh":
-        return papers_reformer(
-            cell.size,
-            settings.model.head_dim,
-            num_buckets=common.num_buckets,
-            chunk_size=common.chunk_size,
-            seed=cell.seed,
-        )
-    return ClusteredAttention.paper(
-        num_clusters=cell.size,
-        topk=common.topk if cell.method == "improved" else 0,
-        num_bits=common.num_bits,
-        num_iterations=common.num_iterations,
-        seed=cell.seed,
-    )
+    return settings.attentions.make(cell.method, cell.size, settings.model.head_dim, cell.seed)
 
 
 class CopyModel(nnx.Module):
@@ -475,16 +444,7 @@ def _run_all(settings: Settings, progress: Progress) -> Iterator[dict[str, Any]]
 def main() -> None:
     """The command line."""
     settings = tyro.extras.overridable_config_cli(PRESETS, prog="python -m experiments.copy_task")
-    try:
-        run(settings, Console())
-    except (TrainingError, CheckpointError, BrokenFileError) as error:
-        raise SystemExit(str(error)) from None
-    except OSError as error:
-        raise SystemExit(
-            f"{error}. Nothing is lost: see to that, and start it again to go on."
-        ) from None
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted: start it again to go on.") from None
+    serve(partial(run, settings, Console()), RESUME)
 
 
 if __name__ == "__main__":

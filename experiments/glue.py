@@ -32,6 +32,7 @@ from rich.table import Table
 import clustax
 from clustax.models import BertForSequenceClassification
 from experiments.common import finetuning, training
+from experiments.common.command import RESUME, serve
 from experiments.common.encoding import encode
 from experiments.common.finetuning import FineTuning, Inputs, Pretrained
 from experiments.common.journal import Journal, revision, source_digest
@@ -150,12 +151,13 @@ class Cell(NamedTuple):
 
 def cells(settings: Settings) -> list[Cell]:
     """The grid: first all tasks with exact attention; other seeds come last."""
+    reverse = settings.tasks if settings.reverse_tasks is None else settings.reverse_tasks
     return [
         Cell(task, attention, seed)
         for seed in settings.seeds
         for attention in settings.trained_with
         for task in settings.tasks
-        if attention == EXACT or task in (settings.reverse_tasks or settings.tasks)
+        if attention == EXACT or task in reverse
     ]
 
 
@@ -531,7 +533,7 @@ def write_results(
 def main() -> None:
     """The command line."""
     settings = tyro.extras.overridable_config_cli(PRESETS, prog="python -m experiments.glue")
-    finetuning.serve(lambda: run(settings, Console()))
+    serve(partial(run, settings, Console()), RESUME)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -36,6 +37,7 @@ import clustax
 from clustax.models import BertForQuestionAnswering, bert
 from experiments.common import finetuning, training
 from experiments.common.bootstrap import ratio_interval
+from experiments.common.command import RESUME, serve
 from experiments.common.encoding import TOKENIZER, encode, load_tokenizer
 from experiments.common.finetuning import FineTuning, Inputs, Pretrained
 from experiments.common.journal import Journal, revision, source_digest
@@ -573,9 +575,10 @@ def main() -> None:
     """The command line."""
     settings = tyro.cli(Command, prog="python -m experiments.squad", description=__doc__)
     console = Console()
-    finetuning.serve(
-        lambda: run(settings, console) if isinstance(settings, Settings) else ask(settings, console)
-    )
+    if isinstance(settings, Settings):
+        serve(partial(run, settings, console), RESUME)
+    else:
+        serve(partial(ask, settings, console))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.aot.tables import aot
 from experiments.common.markdown import markdown_table
+from experiments.speech.decoding import Errors
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -254,6 +255,10 @@ def copy_task(record: Mapping[str, Any]) -> str:
 
 def asr_ctc(record: Mapping[str, Any]) -> str:
     """The tables of experiments.asr_ctc: errors and times, and what other attentions make of it."""
+
+    def percent(errors: Mapping[str, int]) -> str:
+        return f"{100 * Errors(**errors).rate:.1f}"
+
     models, data = record["models"], record["data"]
     sets = list(models[0]["errors"])
     has_long = "step" in models[0]["times"]
@@ -273,10 +278,10 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
         times = model["times"]
         rows.append(
             (
-                _attention(model),
+                model["attention"],
                 str(model["layers"]),
-                *(_rate(model["errors"][name]) for name in sets),
-                _rate(model["beam"][tested]),
+                *(percent(model["errors"][name]) for name in sets),
+                percent(model["beam"][tested]),
                 f"{model['seconds_per_epoch']:.0f}",
                 f"{model['seconds_to_best'] / 60:.1f}",
                 f"{1000 * times['forward'] / times['forward_batch']:.0f}",
@@ -309,18 +314,9 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
             caption,
             "Phone errors on valid, %, of models trained with one attention (columns) and "
             "evaluated with another (rows):",
-            markdown_table(("", *map(_attention, shown)), swaps),
+            markdown_table(("", *(model["attention"] for model in shown)), swaps),
         )
     )
-
-
-def _attention(model: Mapping[str, Any]) -> str:
-    return model["method"] if model["size"] is None else f"{model['method']}-{model['size']}"
-
-
-def _rate(errors: Mapping[str, int]) -> str:
-    wrong = errors["substitutions"] + errors["deletions"] + errors["insertions"]
-    return f"{100 * wrong / max(1, errors['phones']):.1f}"
 
 
 def glue(record: Mapping[str, Any]) -> str:

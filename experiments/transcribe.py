@@ -15,12 +15,13 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import asr_ctc
-from experiments.asr_ctc import Attentions, Cell
+from experiments.asr_ctc import Cell
+from experiments.common.attentions import Attentions
 from experiments.common.checkpoints import CheckpointError, Checkpoints
 from experiments.common.files import BrokenFileError, read_json
 from experiments.common.speech import AudioError, read_audio
 from experiments.speech import decoding
-from experiments.speech.features import filterbank, normalise
+from experiments.speech.features import NUM_MEL_BINS, filterbank, normalise
 from experiments.speech.model import Model, SpeechModel
 from experiments.speech.phones import Phones
 
@@ -57,9 +58,10 @@ def load(folder: Path) -> tuple[SpeechModel, Phones]:
             "below runs in the results of experiments.asr_ctc."
         )
     found = read_json(path)
-    if found["bins"] != 40:
+    if found["bins"] != NUM_MEL_BINS:
         raise CheckpointError(
-            f"The model in {folder} hears {found['bins']} bins, not the 40 of filterbanks here."
+            f"The model in {folder} hears {found['bins']} bins, not the "
+            f"{NUM_MEL_BINS} of filterbanks here."
         )
     settings = asr_ctc.Settings(
         seed=found["seed"],

@@ -73,19 +73,22 @@ def chunked_attention(
     heads_first = (
         jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (query, key, value)
     )
-    lengths = key.shape[1] if key_value_seq_lengths is None else key_value_seq_lengths
-    lengths = jnp.repeat(jnp.broadcast_to(lengths, (batch,)), num_heads)
+    lengths = (
+        None if key_value_seq_lengths is None else jnp.repeat(key_value_seq_lengths, num_heads)
+    )
     out = lax.map(partial(_attend_head, blocks), (*heads_first, lengths))
     return jnp.swapaxes(out.reshape(batch, num_heads, length, -1), 1, 2)
 
 
 def _attend_head(
     blocks: tuple[int, int],
-    head: tuple[Float[Array, "T H"], Float[Array, "S H"], Float[Array, "S V"], Int[Array, ""]],
+    head: tuple[
+        Float[Array, "T H"], Float[Array, "S H"], Float[Array, "S V"], Int[Array, ""] | None
+    ],
 ) -> Float[Array, "T V"]:
     (queries, keys), (query, key, value, length) = blocks, head
-    valid = jnp.arange(len(key)) < length
-    held = tuple(_blocks(x, keys) for x in (key, value, valid))
+    valid = None if length is None else _blocks(jnp.arange(len(key)) < length, keys)
+    held = _blocks(key, keys), _blocks(value, keys), valid
     attend = jax.checkpoint(partial(_attend_block, *held))
     return lax.map(attend, _blocks(query, queries)).reshape(len(query), -1)
 
@@ -97,7 +100,7 @@ def _blocks(x: Array, size: int) -> Array:
 def _attend_block(
     keys: Float[Array, "blocks S H"],
     values: Float[Array, "blocks S V"],
-    valid: Bool[Array, "blocks S"],
+    valid: Bool[Array, "blocks S"] | None,
     query: Float[Array, "T H"],
 ) -> Float[Array, "T V"]:
     dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -106,7 +109,9 @@ def _attend_block(
     def step(so_far, block):
         largest, total, weighted = so_far
         key, value, valid = block
-        logits = jnp.where(valid, scale * dot(query, key.T), -jnp.inf)  # T S
+        logits = scale * dot(query, key.T)  # T S
+        if valid is not None:
+            logits = jnp.where(valid, logits, -jnp.inf)
         shift = jnp.maximum(largest, lax.stop_gradient(jnp.max(logits, axis=-1)))
         weights, fade = jnp.exp(logits - shift[:, None]), jnp.exp(largest - shift)
         total = fade * total + jnp.sum(weights, axis=-1)

@@ -20,12 +20,10 @@ from clustax.models import Bert, bert
 from clustax.models.common import AttentionFn
 from clustax.models.weights import SAFETENSORS, locate
 from experiments.common import training
-from experiments.common.checkpoints import CheckpointError
 from experiments.common.encoding import fetch_minilm, load_tokenizer
 from experiments.common.files import whole_file
-from experiments.common.packages import MINILM, PackageUnavailableError
-from experiments.common.rows import DataError
-from experiments.common.training import Optimisation, TrainingError
+from experiments.common.packages import MINILM
+from experiments.common.training import Optimisation
 from experiments.swap import shared
 from experiments.swap.shared import Variant
 
@@ -307,14 +305,3 @@ def write(folder: Path, record: Mapping[str, Any], figure: Figure) -> None:
         figure.savefig(path, dpi=110)
     with whole_file(folder / "results.json") as path:
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-
-def serve(work: Callable[[], object]) -> None:
-    """Does what a command line asks for; what a user can mend is said without a traceback."""
-    expected = (DataError, TrainingError, CheckpointError, PackageUnavailableError, OSError)
-    try:
-        work()
-    except expected as error:
-        raise SystemExit(str(error)) from None
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted: start it again to go on.") from None
