@@ -237,6 +237,7 @@ class Settings:
 CPU = Settings(
     depths=(3, 2),
     clusters=(100, 50),
+    swapped=(25, 100),
     lengths=(512, 1024, 1536),
     speech=Speech(
         train=1500,
@@ -742,7 +743,9 @@ def run(settings: Settings, console: Console) -> None:
         for cell in grid:
             shown = set(progress.task_ids)
             trained[cell.name], result = run_cell(settings, cell, data, commit, progress)
-            swapped = swap_cell(settings, cell, trained[cell.name], data.valid, progress)
+            swapped = {}
+            if cell.layers == settings.model.layers:  # those that are compared
+                swapped = swap_cell(settings, cell, trained[cell.name], data.valid, progress)
             results.append({**result, "swaps": {name: e.rate for name, e in swapped.items()}})
             for finished in set(progress.task_ids) - shown:  # Their bars would fill the screen.
                 progress.remove_task(finished)
