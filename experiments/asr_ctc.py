@@ -1,7 +1,8 @@
-"""The paper's main experiment: speech to phones with CTC, one encoder for each attention.
+r"""The paper's main experiment: speech to phones with CTC, one encoder for each attention.
 
     python -m experiments.asr_ctc cpu
-    python -m experiments.asr_ctc paper --kaldi.train data/train_si284 --kaldi.lexicon lexicon.txt
+    python -m experiments.asr_ctc paper --kaldi.train data/train_si284 --kaldi.valid data/dev93 \
+      --kaldi.tests data/eval92 --kaldi.lexicon lexicon.txt
 
 The speech is synthetic, made from a seed, or of directories as Kaldi has them. A model is trained
 for each method and size; all are tested, timed, and tried with the attentions of the others. A run
@@ -9,8 +10,8 @@ that was killed goes on where it was when it is started again.
 """
 
 import dataclasses
+import hashlib
 import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +31,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import clustax
 from clustax.baselines import OracleTopk
 from clustax.models.common import AttentionFn
 from experiments.common import training
 from experiments.common.attentions import Attentions, QueriesAsKeys
+from experiments.common.bootstrap import ratio_interval
 from experiments.common.chunked import Chunked
 from experiments.common.command import RESUME, serve
 from experiments.common.debian import (
@@ -43,10 +46,10 @@ from experiments.common.debian import (
     FLITE_LIBRARY,
     FLITE_PROGRAM,
 )
-from experiments.common.files import read_json, whole_file
-from experiments.common.journal import Journal, revision
+from experiments.common.files import whole_file
+from experiments.common.journal import Journal, revision, source_digest
 from experiments.common.packages import BROWN, ESPEAK_NG
-from experiments.common.rows import Malformed, Problems
+from experiments.common.rows import DataError, Malformed, Problems
 from experiments.common.timing import take_turns
 from experiments.speech import decoding, store
 from experiments.speech import model as models
@@ -98,6 +101,10 @@ class Optimisation(training.Optimisation):
             raise ValueError(f"second_decay must be above 0 and below 1, got {self.second_decay}.")
         if self.patience < 1:
             raise ValueError(f"patience must be at least 1, got {self.patience}.")
+        if self.short_steps >= self.steps:
+            raise ValueError(
+                f"short_steps must be fewer than steps = {self.steps}, got {self.short_steps}."
+            )
 
 
 def optimizer(settings: Optimisation) -> optax.GradientTransformation:
@@ -193,7 +200,7 @@ class Settings:
     rounds: tuple[int, ...] = (1, 4)
     """Numbers of rounds, of lsh."""
     swapped: tuple[int, ...] = (25, 50, 100, 200)
-    """Numbers of clusters that trained models are tried with."""
+    """Numbers of clusters that trained models are tried with, those as deep as `model`."""
     seed: int = 0
     """Of weights, batches and hashing."""
     lengths: tuple[int, ...] = (512, 1024, 1536, 2048, 2560)
@@ -360,6 +367,11 @@ class Data:
         long = {} if self.long is None else {"long": self.long}
         return {"valid": self.valid, **self.tests, **long}
 
+    @property
+    def all(self) -> dict[str, Dataset]:
+        """All sets."""
+        return {"train": self.train, **self.sets}
+
 
 def load_data(settings: Settings, progress: Progress) -> Data:
     """Reads the features, and makes those that are missing.
@@ -369,7 +381,7 @@ def load_data(settings: Settings, progress: Progress) -> Data:
         PackageUnavailableError: if a synthesiser, its texts, or the real speech cannot be had.
     """
     if settings.kaldi.given:
-        return _load_kaldi(settings, progress)
+        return _filled(_load_kaldi(settings, progress), settings.data / "kaldi")
     identity = {"speech": dataclasses.asdict(settings.speech), "code": store.code()}
     found = {}
     for part in PARTS:
@@ -378,13 +390,24 @@ def load_data(settings: Settings, progress: Progress) -> Data:
     code = {"code": store.code()}
     real = store.prepare(Prompts(), settings.data / "real", code, progress, "real")
     tests = {part: found[part] for part in ("test", "voice", "noisy")}
-    return Data(found["train"], found["valid"], {**tests, "real": real}, found["long"])
+    data = Data(found["train"], found["valid"], {**tests, "real": real}, found["long"])
+    return _filled(data, settings.data)
+
+
+def _filled(data: Data, folder: Path) -> Data:
+    for name, dataset in data.all.items():
+        if not dataset.utterances:
+            raise DataError(
+                f"{name} must have utterances, but all were left out: {dataset.skipped[0]} "
+                f"Mend that, and remove its folder in {folder}."
+            )
+    return data
 
 
 def _load_kaldi(settings: Settings, progress: Progress) -> Data:
     kaldi = settings.kaldi
     lexicon = Lexicon() if kaldi.lexicon is None else read_lexicon(kaldi.lexicon)
-    problems = Problems(kaldi.malformed)
+    problems = Problems(kaldi.malformed, "--kaldi.malformed")
     found = []
     for folder in (kaldi.train, kaldi.valid, *kaldi.tests):
         assert folder is not None  # Settings has made sure.
@@ -393,7 +416,7 @@ def _load_kaldi(settings: Settings, progress: Progress) -> Data:
         identity = {**corpus.identity, "code": store.code()}
         found.append(store.prepare(corpus, to, identity, progress, folder.name))
     for line in problems.found:
-        progress.console.print(line, highlight=False)
+        progress.console.print(line, highlight=False, markup=False)
     train, valid, *tests = found
     names = [folder.name for folder in kaldi.tests]
     return Data(train, valid, dict(zip(names, tests, strict=True)), None)
@@ -462,8 +485,20 @@ def log_probs(
     return [found[row] for row in range(len(dataset.utterances))]
 
 
-def errors_of(said: Sequence[np.ndarray], dataset: Dataset, beam: int | None = None) -> Errors:
-    """Counts errors.
+def digest(*datasets: Dataset) -> str:
+    """Hashes all that models get to hear and have to say."""
+    found = hashlib.sha256()
+    for dataset in datasets:
+        for utterance in dataset.utterances:
+            for part in (utterance.features, utterance.phones, utterance.frame_phones):
+                found.update(part.tobytes())
+    return found.hexdigest()
+
+
+def errors_of(
+    said: Sequence[np.ndarray], dataset: Dataset, beam: int | None = None
+) -> list[Errors]:
+    """Counts the errors in each utterance.
 
     Args:
         said: as from `log_probs`.
@@ -471,8 +506,10 @@ def errors_of(said: Sequence[np.ndarray], dataset: Dataset, beam: int | None = N
         beam: the width of a search with a beam; greedy if None.
     """
     decode = decoding.greedy if beam is None else partial(decoding.beam, width=beam)
-    references = [utterance.phones.tolist() for utterance in dataset.utterances]
-    return decoding.count_errors(references, [decode(each) for each in said])
+    return [
+        decoding.count_errors(utterance.phones.tolist(), decode(each))
+        for utterance, each in zip(dataset.utterances, said, strict=True)
+    ]
 
 
 def build(settings: Settings, cell: Cell, num_phones: int, num_bins: int) -> SpeechModel:
@@ -495,9 +532,13 @@ def train_cell(
     parts = {name: dataclasses.asdict(settings)[name] for name in TRAINED_WITH}
     identity = json.loads(json.dumps(parts, default=str))
     bins = data.train.utterances[0].features.shape[1]
-    training.claim(
-        folder, {**identity, "cell": cell._asdict(), "phones": data.train.phones.all, "bins": bins}
-    )
+    identity |= {
+        "cell": cell._asdict(),
+        "phones": data.train.phones.all,
+        "bins": bins,
+        "data": digest(data.train, data.valid),
+    }
+    training.claim(folder, identity)
     mesh = training.data_mesh()
     feed = Feed(settings, data.train, mesh.size)
 
@@ -505,7 +546,7 @@ def train_cell(
         model.eval()
         said = log_probs(model, data.valid, settings.lengths, frames_of(settings))
         model.train()
-        return -errors_of(said, data.valid).rate
+        return -Errors.total(errors_of(said, data.valid)).rate
 
     model, log = training.train(
         build(settings, cell, len(data.train.phones.all), bins),
@@ -531,36 +572,56 @@ def run_folder(settings: Settings, cell: Cell) -> Path:
 def run_cell(
     settings: Settings, cell: Cell, data: Data, commit: str, progress: Progress
 ) -> tuple[SpeechModel, dict[str, Any]]:
-    """Trains and tests the model of a cell, unless that is done already."""
-    path = run_folder(settings, cell) / "result.json"
+    """Trains and tests the model of a cell, as far as that is not done already."""
     model, log = train_cell(settings, cell, data, progress)
-    if path.exists():
-        return model, read_json(path)
+    identity = {
+        "attentions": dataclasses.asdict(settings.attentions),
+        "beam": settings.beam,
+        "long_lengths": settings.long_lengths,
+        "data": digest(*data.sets.values()),
+        "code": source_digest(Path(clustax.__file__).parent),
+    }
+    journal = Journal(run_folder(settings, cell) / "tests.jsonl", identity)
+    if "result" not in journal.finished:
+        found = test_cell(settings, cell, data, model, log)
+        journal.add("result", {**found, "commit": commit})
+    swapped = {}
+    if cell.layers == settings.model.layers:  # Others are not compared.
+        swapped = swap_cell(settings, cell, model, data.valid, journal, progress)
+    return model, {**journal.finished["result"], "swaps": swapped}
+
+
+def test_cell(
+    settings: Settings,
+    cell: Cell,
+    data: Data,
+    model: SpeechModel,
+    log: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Tests the model of a cell on all sets, and says how its training went."""
     frames = frames_of(settings)
-    errors, beam = {}, {}
+    errors, beam, wrong = {}, {}, {}
     for name, dataset in data.sets.items():
         lengths = settings.long_lengths if name == "long" else settings.lengths
         said = log_probs(model, dataset, lengths, frames)
-        errors[name] = errors_of(said, dataset)._asdict()
-        if name not in ("valid", "long"):
-            beam[name] = errors_of(said, dataset, settings.beam)._asdict()
+        found = errors_of(said, dataset)
+        errors[name] = Errors.total(found)._asdict()
+        wrong[name] = [each.wrong for each in found]
+        if name in data.tests:
+            beam[name] = Errors.total(errors_of(said, dataset, settings.beam))._asdict()
     best = max((row for row in log if "score" in row), key=lambda row: row["score"])
-    seconds = np.cumsum(
-        [
-            (row["step"] - before) / row["steps_per_second"]
-            for row, before in zip(log, [0, *(row["step"] for row in log)], strict=False)
-        ]
-    )
-    late = [r["steps_per_second"] for r in log if r["step"] > settings.optimisation.short_steps]
+    speed = speeds(log, settings.optimisation.short_steps)
+    seconds = np.cumsum(np.diff([row["step"] for row in log], prepend=0) / speed)
     per_epoch = Feed(settings, data.train, jax.local_device_count()).all.per_epoch
-    result = {
+    return {
         **cell._asdict(),
         "label": cell.name,
         "attention": cell.attention,
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "errors": errors,
         "beam": beam,
-        "seconds_per_epoch": per_epoch / statistics.median(late),
+        "wrong": wrong,
+        "seconds_per_epoch": per_epoch / float(speed[-1]),
         "seconds_to_best": float(seconds[log.index(best)]),
         "seconds": float(seconds[-1]),
         "curve": {
@@ -569,11 +630,19 @@ def run_cell(
         },
         "scored": [row["step"] for row in log if "score" in row],
         "elapsed": seconds.tolist(),
-        "commit": commit,
     }
-    with whole_file(path) as new:
-        new.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    return model, result
+
+
+def speeds(log: Sequence[Mapping[str, Any]], short_steps: int) -> np.ndarray:
+    """Steps in a second at each row of a log: the median of its kind of batches.
+
+    Compilation, which comes again whenever a run goes on, is left out, and so is what else a
+    machine did meanwhile.
+    """
+    short = np.array([row["step"] <= short_steps for row in log])
+    measured = np.array([row["steps_per_second"] for row in log])
+    medians = {kind: np.median(measured[short == kind]) for kind in set(short.tolist())}
+    return np.array([medians[kind] for kind in short.tolist()])
 
 
 def swaps(settings: Settings) -> dict[str, AttentionFn]:
@@ -592,21 +661,27 @@ def swaps(settings: Settings) -> dict[str, AttentionFn]:
 
 
 def swap_cell(
-    settings: Settings, cell: Cell, model: SpeechModel, valid: Dataset, progress: Progress
-) -> dict[str, Errors]:
-    """Tests a model on the validation set with each attention, unless that is done already."""
+    settings: Settings,
+    cell: Cell,
+    model: SpeechModel,
+    valid: Dataset,
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, float]:
+    """Error rates on the validation set with each attention, as far as they are not in the journal.
+
+    They are added there.
+    """
     tried = swaps(settings)
-    path = run_folder(settings, cell) / "swaps.jsonl"
-    journal = Journal(path, {"attentions": dataclasses.asdict(settings.attentions)})
     task = progress.add_task(f"Swaps of {cell.name}", total=len(tried), state="")
     for name, attention in tried.items():
         if name not in journal.finished:
             swapped = model.with_attention(attention)
             said = log_probs(swapped, valid, settings.lengths, frames_of(settings))
-            journal.add(name, errors_of(said, valid)._asdict())
+            journal.add(name, Errors.total(errors_of(said, valid)).rate)
         progress.advance(task)
     progress.remove_task(task)
-    return {name: Errors(**journal.finished[name]) for name in tried}
+    return {name: journal.finished[name] for name in tried}
 
 
 def time_models(
@@ -672,6 +747,30 @@ def _gradient(model: SpeechModel, batch: Mapping[str, jax.Array]) -> Any:
     return nnx.grad(mean)(model)
 
 
+def to_full(
+    result: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    tested: Dataset,
+    settings: Settings,
+) -> dict[str, Any]:
+    """How much more phones are wrong than with full attention, and a paired bootstrap's interval.
+
+    Args:
+        result: of a model.
+        results: of all models; without one with full attention of that depth, nothing is said.
+        tested: the first set to test with.
+        settings: of all.
+    """
+    name = next(iter(result["beam"]))
+    full = [r for r in results if r["method"] == "full" and r["layers"] == result["layers"]]
+    if not full:
+        return {}
+    phones = np.array([len(utterance.phones) for utterance in tested.utterances])
+    more = np.subtract(result["wrong"][name], full[0]["wrong"][name])
+    interval = ratio_interval(more, phones, settings.seed)
+    return {"difference": float(more.sum() / phones.sum()), "difference_interval": interval}
+
+
 def make_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """The phone error rates as they are printed."""
     table = Table(title="Phone errors, %")
@@ -734,25 +833,34 @@ def run(settings: Settings, console: Console) -> None:
     settings.output.mkdir(parents=True, exist_ok=True)
     with training.progress_bar(console) as progress:
         data = load_data(settings, progress)
-        for name, dataset in {"train": data.train, **data.sets}.items():
+        for name, dataset in data.all.items():
             for line in dataset.skipped:
-                progress.console.print(f"Left out of {name}: {line}", highlight=False)
+                progress.console.print(f"Left out of {name}: {line}", highlight=False, markup=False)
+        if long := Feed(settings, data.train, 1).all.left_out:
+            progress.console.print(
+                f"Left out of train: {long} of more than {settings.lengths[-1]} frames."
+            )
         results, trained = [], {}
         grid, commit = cells(settings), revision()
         task = progress.add_task("Models", total=len(grid), state="")
         for cell in grid:
             shown = set(progress.task_ids)
             trained[cell.name], result = run_cell(settings, cell, data, commit, progress)
-            swapped = {}
-            if cell.layers == settings.model.layers:  # those that are compared
-                swapped = swap_cell(settings, cell, trained[cell.name], data.valid, progress)
-            results.append({**result, "swaps": {name: e.rate for name, e in swapped.items()}})
+            results.append(result)
             for finished in set(progress.task_ids) - shown:  # Their bars would fill the screen.
                 progress.remove_task(finished)
             progress.advance(task)
         identity = {result["label"]: [result["commit"], result["seconds"]] for result in results}
         times = time_models(settings, trained, data, identity, progress)
-    results = [{**result, "times": times[result["label"]]} for result in results]
+    tested = next(iter(data.tests.values()))
+    results = [
+        {
+            **result,
+            **to_full(result, results, tested, settings),
+            "times": times[result["label"]],
+        }
+        for result in results
+    ]
     console.print(make_table(results))
     write(settings, results, data, console)
 
@@ -769,7 +877,7 @@ def write(
         ("optax",),
         command=" ".join(["python -m experiments.asr_ctc", *sys.argv[1:]]),
         commits=commits,
-        data={name: found.summary for name, found in {"train": data.train, **data.sets}.items()},
+        data={name: found.summary for name, found in data.all.items()},
         models=results,
     )
     for name, figure in {"costs": draw_costs(results), "curves": draw_curves(results)}.items():
@@ -797,7 +905,7 @@ def arguments(given: Sequence[str]) -> list[str]:
     >>> arguments(["--method", "full", "--preset", "cpu"])
     ['cpu', '--method', 'full']
     """
-    given = list(given)
+    given = [part for each in given for part in each.split("=", each.startswith("--preset="))]
     if "--preset" not in given[:-1]:
         return given
     at = given.index("--preset")

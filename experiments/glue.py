@@ -496,7 +496,11 @@ def run(settings: Settings, console: Console) -> None:
     commit = revision()  # Later, another one may be checked out.
     data = {task: prepare(settings, task, pretrained, problems) for task in settings.tasks}
     if problems.found:
-        console.print(f"{len(problems.found)} malformed rows were left out:", *problems.found[:5])
+        console.print(
+            f"{len(problems.found)} malformed rows were left out:",
+            *problems.found[:5],
+            markup=False,
+        )
     models: list[dict[str, Any]] = []
     grid = cells(settings)
     with training.progress_bar(console) as progress:

@@ -42,7 +42,7 @@ from experiments.common.encoding import TOKENIZER, encode, load_tokenizer
 from experiments.common.finetuning import FineTuning, Inputs, Pretrained
 from experiments.common.journal import Journal, revision, source_digest
 from experiments.common.pictures import differences
-from experiments.common.rows import Malformed, Problems
+from experiments.common.rows import DataError, Malformed, Problems
 from experiments.common.training import Sums
 from experiments.swap import shared
 from experiments.swap.shared import CLUSTERED, DEFAULT, EXACT, PAPER, Variant
@@ -160,7 +160,7 @@ def choose_folds(questions: Sequence[Question], folds: int, seed: int) -> np.nda
     """
     articles = list(dict.fromkeys(question.article for question in questions))
     if len(articles) < folds:
-        raise ValueError(f"folds must be at most the {len(articles)} articles, got {folds}.")
+        raise DataError(f"folds must be at most the {len(articles)} articles, got {folds}.")
     of_article: dict[str, int] = {}
     sizes = [0] * folds
     for row in np.random.default_rng(seed).permutation(len(articles)):
@@ -363,7 +363,11 @@ def run(settings: Settings, console: Console) -> None:
     commit = revision()  # Later, another one may be checked out.
     parts = make_parts(settings, pretrained, problems)
     if problems.found:
-        console.print(f"{len(problems.found)} malformed questions left out:", *problems.found[:5])
+        console.print(
+            f"{len(problems.found)} malformed questions left out:",
+            *problems.found[:5],
+            markup=False,
+        )
     questions = [question for part in parts for question in part.test.questions]
     allow_none = any(not question.answers for part in parts for question in part.train.questions)
     lengths = np.concatenate([part.test.inputs.lengths for part in parts])
@@ -384,6 +388,8 @@ def run(settings: Settings, console: Console) -> None:
         identity = {
             "code": source_digest(Path(clustax.__file__).parent),
             "data": about["digest"],
+            "trained_on": [part.train.inputs.digest for part in parts],
+            "allow_none": allow_none,
             "model": pretrained.digest,
             "tuning": dataclasses.asdict(settings.tuning),
             "windows": dataclasses.asdict(settings.windows),
@@ -506,11 +512,17 @@ class Read(NamedTuple):
 
 def ask(settings: Ask, console: Console) -> list[Read]:
     """Prints the answer, its probability, and the time, beside those of exact attention."""
-    context = settings.context.read_text(encoding="utf-8")
+    try:
+        context = settings.context.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{settings.context} must be UTF-8: {error}.") from None
     if not context.strip() or not settings.question.strip():
-        raise ValueError("context and question must have words, got none.")
+        raise DataError("context and question must have words, got none.")
     source = Pretrained(settings.model.name, settings.model, load_tokenizer(settings.model))
-    reader = bert.load(settings.model, BertForQuestionAnswering)
+    try:
+        reader = bert.load(settings.model, BertForQuestionAnswering)
+    except ValueError as error:  # It is no reader; the message says so.
+        raise DataError(str(error)) from error
     windows = settings.windows.make(source, [(settings.question.strip(), context)])
     inputs = squad.make_inputs(windows, [Question("", "", context, settings.question, ())])
     name = NAMED[settings.attention]

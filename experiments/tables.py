@@ -268,6 +268,7 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
         "layers",
         *sets,
         f"{tested}, beam",
+        f"{tested}, points to full (95 %)",
         "s for an epoch",
         "min to best",
         "ms, forward",
@@ -282,6 +283,9 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
                 str(model["layers"]),
                 *(percent(model["errors"][name]) for name in sets),
                 percent(model["beam"][tested]),
+                points(model["difference"], model["difference_interval"])
+                if "difference" in model
+                else "",
                 f"{model['seconds_per_epoch']:.0f}",
                 f"{model['seconds_to_best'] / 60:.1f}",
                 f"{1000 * times['forward'] / times['forward_batch']:.0f}",

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from rich.console import Console
 
 from experiments import asr_ctc
 from experiments.asr_ctc import Cell
@@ -114,7 +113,7 @@ def main() -> None:
         found = transcribe(model, phones, read_audio(settings.audio), settings.beam)
     except (AudioError, CheckpointError, BrokenFileError, OSError) as error:
         raise SystemExit(str(error)) from None
-    Console().print(" ".join(found), highlight=False)
+    print(" ".join(found))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ class Problems:
 
     Attributes:
         malformed: what becomes of them.
+        option: the one of the command line that says so.
         found: a line for each, with its file and line.
     """
 
     malformed: Malformed = "refuse"
+    option: str = "--malformed"
     found: list[str] = field(default_factory=list)
 
     def add(self, path: Path, line: int, problem: str) -> None:
@@ -36,5 +38,7 @@ class Problems:
         """
         message = f"{path}, line {line}: {problem}"
         if self.malformed == "refuse":
-            raise DataError(f"{message}. Correct it, or leave out such rows with --malformed skip.")
+            raise DataError(
+                f"{message}. Correct it, or leave out such rows with {self.option} skip."
+            )
         self.found.append(message)

@@ -1,7 +1,7 @@
 """From what a model says of each frame to phones, and how many of them are wrong."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import kaldialign
@@ -71,26 +71,30 @@ class Errors(NamedTuple):
     phones: int
 
     @property
+    def wrong(self) -> int:
+        """Errors of all kinds."""
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
     def rate(self) -> float:
         """The phone error rate."""
-        return (self.substitutions + self.deletions + self.insertions) / max(1, self.phones)
+        return self.wrong / max(1, self.phones)
+
+    @classmethod
+    def total(cls, errors: Iterable["Errors"]) -> "Errors":
+        """Those of several utterances together."""
+        return cls(*map(sum, zip(*errors, strict=True)))
 
 
-def count_errors(references: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Errors:
-    """Counts the least changes that make the phones found those of the references.
+def count_errors(reference: Sequence[int], found: Sequence[int]) -> Errors:
+    """Counts the least changes that make the phones found those of the reference.
 
-    >>> count_errors([[1, 2, 3], [4]], [[1, 3], [4, 5]])
+    >>> count_errors([1, 2, 3, 4], [1, 3, 4, 5])
     Errors(substitutions=0, deletions=1, insertions=1, phones=4)
 
     Args:
-        references: the phones of utterances.
+        reference: the phones of an utterance.
         found: what a model says they are.
     """
-    each = [
-        kaldialign.edit_distance(list(reference), list(hypothesis))
-        for reference, hypothesis in zip(references, found, strict=True)
-    ]
-    substitutions, deletions, insertions = (
-        sum(int(counts[name]) for counts in each) for name in ("sub", "del", "ins")
-    )
-    return Errors(substitutions, deletions, insertions, sum(map(len, references)))
+    counts = kaldialign.edit_distance(list(reference), list(found))
+    return Errors(int(counts["sub"]), int(counts["del"]), int(counts["ins"]), len(reference))

@@ -136,6 +136,8 @@ class KaldiDirectory:
     def __init__(self, folder: Path, lexicon: Lexicon, problems: Problems | None = None):
         self.folder, self.phones = folder, lexicon.phones
         self._problems = Problems() if problems is None else problems
+        # Recordings are long, and segments of the same one follow each other.
+        self._last: tuple[str, np.ndarray] | None = None
         if not folder.is_dir():
             raise DataError(f"There is no folder {folder}.")
         has = {name for name in LISTS if (folder / name).exists()}
@@ -158,9 +160,10 @@ class KaldiDirectory:
         self._segments = self._read_segments() if "segments" in has else None
         if self.listing == "feats.scp":
             self._segments = None  # Features are of utterances already.
-        self._phones = self._read_text(lexicon)
+        transcripts = self._read("text")
+        self._phones = self._pronounce(transcripts, lexicon)
         if "utt2spk" in has:
-            self._check_speakers()
+            self._check_speakers(transcripts)
         self.utterances = list(self._phones)
         if not self.utterances:
             raise DataError(f"{folder / 'text'} must have an utterance that can be used: none is.")
@@ -170,7 +173,7 @@ class KaldiDirectory:
         """What its features depend on; the recordings themselves are taken to stay as they are."""
         files = [path for name in LISTS if (path := self.folder / name).exists()]
         digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-        return {"folder": str(self.folder), "files": digest, "phones": self._phones}
+        return {"folder": str(self.folder), "files": digest, "transcripts": self._phones}
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -188,7 +191,9 @@ class KaldiDirectory:
         if self._segments is None:
             return Recording(name, phones=phones, audio=self._load_audio(name))
         segment = self._segments[name]
-        audio = self._load_audio(segment.recording)
+        if self._last is None or self._last[0] != segment.recording:
+            self._last = segment.recording, self._load_audio(segment.recording)
+        _, audio = self._last
         seconds = len(audio) / SAMPLE_RATE
         # Kaldi forgives half a second, too.
         if not math.isinf(segment.end) and segment.end > seconds + 0.5:
@@ -230,11 +235,11 @@ class KaldiDirectory:
             self._bad("segments", number, problem)
         return found
 
-    def _read_text(self, lexicon: Lexicon) -> dict[str, list[int]]:
+    def _pronounce(self, transcripts: Mapping[str, Line], lexicon: Lexicon) -> dict[str, list[int]]:
         where = self.listing if self._segments is None else "segments"
         known = self._sources if self._segments is None else self._segments
         found = {}
-        for name, (number, transcript) in self._read("text").items():
+        for name, (number, transcript) in transcripts.items():
             try:
                 phones = self.phones.numbers(lexicon.pronounce(transcript))
             except PhoneError as error:
@@ -248,12 +253,12 @@ class KaldiDirectory:
                 found[name] = phones
         return found
 
-    def _check_speakers(self) -> None:
+    def _check_speakers(self, transcripts: Mapping[str, Line]) -> None:
         speakers = self._read("utt2spk")
         for name, (number, speaker) in speakers.items():
             if len(speaker.split()) > 1:
                 self._bad("utt2spk", number, f"expected one speaker of {name}, found {speaker!r}")
-        for name, (number, _) in self._read("text").items():
+        for name, (number, _) in transcripts.items():
             if name in self._phones and name not in speakers:
                 del self._phones[name]
                 self._bad("text", number, f"the utterance {name} has no speaker in utt2spk")

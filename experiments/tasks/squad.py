@@ -46,9 +46,11 @@ def read_squad(path: Path, problems: Problems) -> list[Question]:
     Raises:
         DataError: if it is no such file, or if malformed questions are refused.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be UTF-8: {error}.") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: expected JSON, but {error.msg}.") from error
     questions: dict[str, Question] = {}

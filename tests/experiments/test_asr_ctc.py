@@ -37,6 +37,7 @@ from experiments.asr_ctc import Cell, Feed, Kaldi, Optimisation, Settings, SpecA
 from experiments.common import training
 from experiments.common.attentions import QueriesAsKeys
 from experiments.common.chunked import Chunked
+from experiments.common.rows import DataError
 from experiments.speech import decoding, model
 from experiments.speech.corpus import Speech
 from experiments.speech.model import Model, SpeechModel
@@ -94,11 +95,11 @@ def test_phone_errors_are_those_of_jiwer():
     references, found = zip(*pairs, strict=True)
     texts = ([" ".join(map(str, each)) for each in side] for side in (references, found))
     expected = jiwer.process_words(*texts)
-    errors = decoding.count_errors(references, found)
+    errors = decoding.Errors.total(map(decoding.count_errors, references, found))
     assert errors.rate == pytest.approx(expected.wer)
-    assert sum(errors[:3]) == expected.substitutions + expected.deletions + expected.insertions
+    assert errors.wrong == expected.substitutions + expected.deletions + expected.insertions
     assert errors.deletions - errors.insertions == expected.deletions - expected.insertions
-    assert decoding.count_errors([[1, 2]], [[]]) == (0, 2, 0, 2)
+    assert decoding.count_errors([1, 2], []) == (0, 2, 0, 2)
 
 
 # The model
@@ -266,6 +267,41 @@ def test_the_optimizer_decays_weights_and_slows_down_on_plateaus():
     assert halvings[-1] <= -2
 
 
+def test_speeds_are_medians_of_each_kind_of_batches():
+    measured = {2: 1.0, 4: 9.0, 6: 8.0, 8: 1.5, 10: 3.0, 12: 4.0}
+    log = [{"step": step, "steps_per_second": speed} for step, speed in measured.items()]
+    np.testing.assert_array_equal(asr_ctc.speeds(log, short_steps=6), [8, 8, 8, 3, 3, 3])
+    np.testing.assert_array_equal(asr_ctc.speeds(log, short_steps=0), [3.5] * 6)
+
+
+def test_points_to_full_attention_are_paired():
+    tested = dataset(90, 190, 80)  # Of two phones each.
+    full, clustered = (
+        {"method": method, "layers": 1, "beam": {"test": None}, "wrong": {"test": wrong}}
+        for method, wrong in {"full": [0, 2, 1], "clustered": [1, 2, 1]}.items()
+    )
+    found = asr_ctc.to_full(clustered, [full, clustered], tested, TINY)
+    assert found["difference"] == pytest.approx(1 / 6)
+    low, high = found["difference_interval"]
+    assert 0 == low < high <= 0.5
+    assert asr_ctc.to_full(clustered, [clustered], tested, TINY) == {}
+
+
+def test_sets_without_utterances_are_refused(tmp_path):
+    folder, lexicon = write_directory(tmp_path)
+    (folder / "one.wav").unlink()
+    (folder / "two.ark").unlink()
+    settings = dataclasses.replace(
+        TINY,
+        kaldi=Kaldi(train=folder, valid=folder, tests=(folder,), lexicon=lexicon),
+        data=tmp_path / "features",
+    )
+    with training.progress_bar(Console(quiet=True)) as progress:
+        message = r"train must have utterances, .*wav.scp, line 1: .* remove its folder in "
+        with pytest.raises(DataError, match=message):
+            asr_ctc.load_data(settings, progress)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What comes of a run on a directory of Kaldi's, and its settings."""
@@ -292,6 +328,7 @@ def test_run_on_kaldi_directories_writes_results(trained):
     assert record["data"]["train"]["utterances"] == 3
     for found in record["models"]:
         assert found["errors"]["data"] == found["errors"]["valid"]
+        assert sum(found["wrong"]["data"]) == decoding.Errors(**found["errors"]["data"]).wrong
         assert found["errors"]["valid"]["phones"] == 2 + 5 + 3
         assert found["curve"]["step"] == found["scored"] == [2, 4, 6]
         assert found["times"]["forward"] > 0
@@ -307,7 +344,11 @@ def test_run_on_kaldi_directories_writes_results(trained):
         assert (settings.output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert "lsh-1_1-layers" in console.export_text()
     header, _, *lines = tables.asr_ctc(record).splitlines()
-    assert header.startswith("| trained with | layers | valid | data | data, beam |")
+    assert header.startswith("| trained with | layers | valid | data | data, beam | data, points")
+    assert (record["models"][0]["difference"], record["models"][0]["difference_interval"]) == (
+        0,
+        [0, 0],
+    )
     rate = 100 * decoding.Errors(**record["models"][1]["errors"]["valid"]).rate
     assert any(line.startswith(f"| lsh-1 | 1 | {rate:.1f} | {rate:.1f} |") for line in lines)
 
@@ -322,6 +363,8 @@ def test_what_is_done_is_not_done_again(trained, monkeypatch):
     other = dataclasses.replace(settings, augment=SpecAugment(bands=1))
     with pytest.raises(training.TrainingError, match=r"other settings \(augment\)"):
         asr_ctc.run(other, Console(quiet=True))
+    with pytest.raises(pytest.fail.Exception, match="tested again"):
+        asr_ctc.run(dataclasses.replace(settings, beam=3), Console(quiet=True))
 
 
 @pytest.mark.once
@@ -390,6 +433,8 @@ def test_settings_are_checked(settings, message, tmp_path):
         Kaldi(train=twice[0], valid=twice[0], tests=twice)
     with pytest.raises(ValueError, match="frame_weight must not be negative"):
         Optimisation(frame_weight=-1.0)
+    with pytest.raises(ValueError, match="short_steps must be fewer than steps = 4, got 4"):
+        Optimisation(steps=4, short_steps=4)
     with pytest.raises(ValueError, match="bands must not be negative"):
         SpecAugment(bands=-1)
     assert Speech().held_out not in Speech().voices

@@ -283,6 +283,37 @@ def test_damaged_lines_are_named(directory, kind):
     assert 1 <= len(left) <= 3
 
 
+def test_a_problem_is_reported_once(directory):
+    folder, lexicon = directory
+    (folder / "text").write_text("u1 NO\nu2\nu3 YES\n")
+    problems = Problems("skip")
+    KaldiDirectory(folder, read_lexicon(lexicon), problems)
+    assert len(problems.found) == 1
+    with pytest.raises(DataError, match=r"leave out such rows with --kaldi.malformed skip"):
+        KaldiDirectory(folder, read_lexicon(lexicon), Problems(option="--kaldi.malformed"))
+
+
+def test_features_are_of_what_the_lexicon_says(directory):
+    folder, lexicon = directory
+    before = KaldiDirectory(folder, read_lexicon(lexicon))
+    lexicon.write_text(lexicon.read_text().replace("N OW", "N AH"))
+    after = KaldiDirectory(folder, read_lexicon(lexicon))
+    with training.progress_bar(Console(quiet=True)) as progress:
+        store.prepare(before, folder / "made", before.identity, progress, "data")
+        with pytest.raises(TrainingError, match=r"other settings \(transcripts\)"):
+            store.prepare(after, folder / "made", after.identity, progress, "data")
+
+
+def test_a_recording_is_read_once_for_its_segments(directory, monkeypatch):
+    folder, lexicon = directory
+    found = KaldiDirectory(folder, read_lexicon(lexicon))
+    read, load = [], found._load_audio
+    monkeypatch.setattr(found, "_load_audio", lambda name: read.append(name) or load(name))
+    parts = [found.recording(number).audio for number in (0, 1, 2)]
+    assert read == ["one", "two"]
+    assert not np.array_equal(parts[0][:100], parts[1][:100])
+
+
 def test_text_that_is_no_utf8_is_named(directory):
     folder, lexicon = directory
     (folder / "text").write_bytes(b"u1 NO\nu2 \xff\n")
