@@ -583,22 +583,16 @@ def run_cell(
     }
     journal = Journal(run_folder(settings, cell) / "tests.jsonl", identity)
     if "result" not in journal.finished:
-        found = test_cell(settings, cell, data, model, log)
-        journal.add("result", {**found, "commit": commit})
+        found = test_cell(settings, cell, data, model)
+        journal.add("result", {**found, "curve": curve(log), "commit": commit})
     swapped = {}
     if cell.layers == settings.model.layers:  # Others are not compared.
         swapped = swap_cell(settings, cell, model, data.valid, journal, progress)
     return model, {**journal.finished["result"], "swaps": swapped}
 
 
-def test_cell(
-    settings: Settings,
-    cell: Cell,
-    data: Data,
-    model: SpeechModel,
-    log: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Tests the model of a cell on all sets, and says how its training went."""
+def test_cell(settings: Settings, cell: Cell, data: Data, model: SpeechModel) -> dict[str, Any]:
+    """Tests the model of a cell on all sets."""
     frames = frames_of(settings)
     errors, beam, wrong = {}, {}, {}
     for name, dataset in data.sets.items():
@@ -609,10 +603,6 @@ def test_cell(
         wrong[name] = [each.wrong for each in found]
         if name in data.tests:
             beam[name] = Errors.total(errors_of(said, dataset, settings.beam))._asdict()
-    best = max((row for row in log if "score" in row), key=lambda row: row["score"])
-    speed = speeds(log, settings.optimisation.short_steps)
-    seconds = np.cumsum(np.diff([row["step"] for row in log], prepend=0) / speed)
-    per_epoch = Feed(settings, data.train, jax.local_device_count()).all.per_epoch
     return {
         **cell._asdict(),
         "label": cell.name,
@@ -621,28 +611,16 @@ def test_cell(
         "errors": errors,
         "beam": beam,
         "wrong": wrong,
-        "seconds_per_epoch": per_epoch / float(speed[-1]),
-        "seconds_to_best": float(seconds[log.index(best)]),
-        "seconds": float(seconds[-1]),
-        "curve": {
-            name: [row[name] for row in log if name in row]
-            for name in ("step", "ctc", "frame_accuracy", "score")
-        },
-        "scored": [row["step"] for row in log if "score" in row],
-        "elapsed": seconds.tolist(),
     }
 
 
-def speeds(log: Sequence[Mapping[str, Any]], short_steps: int) -> np.ndarray:
-    """Steps in a second at each row of a log: the median of its kind of batches.
-
-    Compilation, which comes again whenever a run goes on, is left out, and so is what else a
-    machine did meanwhile.
-    """
-    short = np.array([row["step"] <= short_steps for row in log])
-    measured = np.array([row["steps_per_second"] for row in log])
-    medians = {kind: np.median(measured[short == kind]) for kind in set(short.tolist())}
-    return np.array([medians[kind] for kind in short.tolist()])
+def curve(log: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What was logged in a training, and the steps after which the model was scored."""
+    found = {
+        name: [row[name] for row in log if name in row]
+        for name in ("step", "ctc", "frame_accuracy", "score")
+    }
+    return {**found, "scored": [row["step"] for row in log if "score" in row]}
 
 
 def swaps(settings: Settings) -> dict[str, AttentionFn]:
@@ -693,15 +671,18 @@ def time_models(
 ) -> dict[str, dict[str, float]]:
     """Times all models in turn, unless that is done already.
 
+    A training logs its own speed, but that is of one machine at one time, with what else it did.
+
     Returns:
-        By model the seconds of "forward" for a batch of the usual length, of "step", forward and
-        backward, for a single utterance of the long ones, and their frames.
+        By model the seconds for a batch of the usual length of "forward" and, with the backward
+        pass, of "step"; of such a step for a single utterance of the long ones, "long"; and their
+        frames.
     """
     journal = Journal(settings.output / "runs" / "times.jsonl", {"models": identity})
     usual = Batches(data.valid, settings.lengths, frames_of(settings), 1, seed=0)
-    batches = {"forward": usual.typical()}
+    batches = {"forward": usual.typical(), "step": usual.typical()}
     if data.long is not None:
-        batches["step"] = Batches(data.long, settings.long_lengths, 1, 1, seed=0).typical()
+        batches["long"] = Batches(data.long, settings.long_lengths, 1, 1, seed=0).typical()
     for kind, batch in batches.items():
         task = progress.add_task(f"Timing: {kind}", total=settings.timed * len(trained), state="")
         if kind not in journal.finished:
@@ -745,6 +726,19 @@ def _gradient(model: SpeechModel, batch: Mapping[str, jax.Array]) -> Any:
         return sums["loss"] / sums["weight"]
 
     return nnx.grad(mean)(model)
+
+
+def durations(
+    result: Mapping[str, Any], times: Mapping[str, float], steps_per_epoch: int
+) -> dict[str, Any]:
+    """How long a training takes of which each step takes what was measured, beside the others."""
+    curve = result["curve"]
+    best = curve["scored"][int(np.argmax(curve["score"]))]
+    return {
+        "times": times,
+        "seconds_per_epoch": steps_per_epoch * times["step"],
+        "seconds_to_best": best * times["step"],
+    }
 
 
 def to_full(
@@ -815,9 +809,8 @@ def draw_curves(results: Sequence[Mapping[str, Any]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for result in results:
         curve = result["curve"]
-        at = dict(zip(curve["step"], result["elapsed"], strict=True))
         left.plot(curve["step"], curve["ctc"], label=result["label"])
-        minutes = [at[step] / 60 for step in result["scored"]]
+        minutes = [step * result["times"]["step"] / 60 for step in curve["scored"]]
         right.plot(minutes, [-100 * score for score in curve["score"]], marker=".")
     left.set(xlabel="step", ylabel="CTC loss for each phone", yscale="log")
     right.set(xlabel="minutes of training", ylabel="phone errors on the validation set, %")
@@ -850,14 +843,15 @@ def run(settings: Settings, console: Console) -> None:
             for finished in set(progress.task_ids) - shown:  # Their bars would fill the screen.
                 progress.remove_task(finished)
             progress.advance(task)
-        identity = {result["label"]: [result["commit"], result["seconds"]] for result in results}
+        identity = {result["label"]: result["commit"] for result in results}
         times = time_models(settings, trained, data, identity, progress)
     tested = next(iter(data.tests.values()))
+    per_epoch = Feed(settings, data.train, jax.local_device_count()).all.per_epoch
     results = [
         {
             **result,
             **to_full(result, results, tested, settings),
-            "times": times[result["label"]],
+            **durations(result, times[result["label"]], per_epoch),
         }
         for result in results
     ]

@@ -261,7 +261,7 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
 
     models, data = record["models"], record["data"]
     sets = list(models[0]["errors"])
-    has_long = "step" in models[0]["times"]
+    has_long = "long" in models[0]["times"]
     tested = next(iter(models[0]["beam"]))
     header = (
         "trained with",
@@ -289,7 +289,7 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
                 f"{model['seconds_per_epoch']:.0f}",
                 f"{model['seconds_to_best'] / 60:.1f}",
                 f"{1000 * times['forward'] / times['forward_batch']:.0f}",
-                *([f"{times['step']:.1f}"] if has_long else []),
+                *([f"{times['long']:.1f}"] if has_long else []),
             )
         )
     shown = [model for model in models if model["layers"] == record["settings"]["model"]["layers"]]
@@ -302,13 +302,14 @@ def asr_ctc(record: Mapping[str, Any]) -> str:
         record["settings"]["optimisation"],
         models[0]["times"],
     )
-    long = f", of the long one {times['step_frames']}" if has_long else ""
+    long = f", of the long one {times['long_frames']}" if has_long else ""
     caption = (
         f"Phone errors, %. {data['train']['hours']:.1f} hours to train on, "
         f"{data['train']['mean_frames']:.0f} frames on average; {size['heads']} heads × "
         f"{size['head_dim']}, {how['steps']} steps, k = "
-        f"{record['settings']['attentions']['topk']}. Times forward are of an utterance of "
-        f"{times['forward_frames']} frames{long}; on {record['device']}, jax "
+        f"{record['settings']['attentions']['topk']}. Epochs and minutes are steps, each of the "
+        "time that one took when all models were timed in turn; times forward are of an "
+        f"utterance of {times['forward_frames']} frames{long}; on {record['device']}, jax "
         f"{record['versions']['jax']}, commit "
         f"{', '.join(commit[:9] for commit in record['commits'])}."
     )
@@ -360,7 +361,8 @@ def glue(record: Mapping[str, Any]) -> str:
     most = f", but {how['max_tokens']} tokens at the most" if how["max_tokens"] else ""
     caption = (
         f"{record['pretrained']['name']}, k = {settings['topk']}, {how['epochs']:g} epochs{most}; "
-        f"seeds {settings['seeds']}. {data}. On {record['device']}, jax "
+        f"seeds {settings['seeds']}; in brackets the points to exact attention, 95 % interval. "
+        f"{data}. On {record['device']}, jax "
         f"{record['versions']['jax']}{_left(record)}."
     )
     return "\n\n".join(
