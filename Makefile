@@ -13,7 +13,8 @@
 #                 (PRESET=quick make aot compiles each kernel for two of them, in minutes)
 # Results go to results/. Those in the README are kept in experiments/results:
 #   make publish  measures them again there, and writes them into the README
-#                 (EXTRAS=dev,bench make publish has PyTorch among the rivals)
+#                 (EXTRAS=dev,bench make publish has PyTorch among the rivals; with GLUE and SQUAD
+#                 the fine-tuned models, too)
 # PYTHON=python3.12 VENV=.venv-3.12 make test    does the same with another Python.
 # TESTS='-m "not once"' make test                leaves out what is slow and the same on any Python.
 PYTHON ?= python3
@@ -27,6 +28,8 @@ install := $(python) -m pip install --quiet --no-compile
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 pytest := $(python) -m pytest -n auto
 swap := $(python) -m experiments.pretrained_swap
+glue = $(python) -m experiments.glue cpu --data $(GLUE)
+squad = $(python) -m experiments.squad cpu --train $(SQUAD)
 results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
 # Compilers are out of JAX's sight, or it would look for their accelerators.
@@ -71,10 +74,10 @@ asr: $(installed)
 	$(python) -m experiments.asr_ctc cpu
 
 glue: $(installed)
-	$(python) -m experiments.glue cpu --data $(GLUE)
+	$(glue)
 
 squad: $(installed)
-	$(python) -m experiments.squad cpu --train $(SQUAD)
+	$(squad)
 
 aot: $(compilers)/.installed
 	$(python) -m experiments.aot $(PRESET) --compilers $(compilers)
@@ -91,6 +94,10 @@ publish: $(installed)
 	$(python) -m experiments.breakdown --output $(results)/breakdown
 	$(python) -m experiments.pareto --output $(results)/pareto
 	$(python) -m experiments.copy_task cpu --output $(results)/copy_task
+	$(python) -m experiments.asr_ctc cpu --output $(results)/asr_ctc
+	$(if $(GLUE),$(glue) --tasks SST-2 MRPC STS-B --trained-with exact --output $(results)/glue)
+	$(if $(GLUE),$(glue) --tasks RTE --reverse-tasks RTE --output $(results)/glue_rte)
+	$(if $(SQUAD),$(squad) --output $(results)/squad)
 	$(python) -m experiments.tables
 
 clean:

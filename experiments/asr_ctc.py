@@ -829,6 +829,12 @@ def run(settings: Settings, console: Console) -> None:
         for name, dataset in data.all.items():
             for line in dataset.skipped:
                 progress.console.print(f"Left out of {name}: {line}", highlight=False, markup=False)
+        if any(dataset.skipped for dataset in data.all.values()):
+            progress.console.print(
+                "They stay out with the features of the others: remove the folder of a set in "
+                f"{settings.data} to have all of it tried again.",
+                markup=False,
+            )
         if long := Feed(settings, data.train, 1).all.left_out:
             progress.console.print(
                 f"Left out of train: {long} of more than {settings.lengths[-1]} frames."

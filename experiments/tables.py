@@ -431,9 +431,11 @@ def squad(record: Mapping[str, Any]) -> str:
 
 SECTIONS = {
     "aot/jax-0.10": aot,
+    "asr_ctc/results": asr_ctc,
     "breakdown": breakdown,
     "copy_task/results": copy_task,
     "glue/results": glue,
+    "glue_rte/results": glue,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
@@ -441,6 +443,7 @@ SECTIONS = {
     "pretrained_swap_speech_base": swap_speech,
     "pretrained_swap_speech_clips": swap_speech,
     "scaling": scaling,
+    "squad/results": squad,
 }
 
 

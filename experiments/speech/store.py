@@ -139,8 +139,10 @@ def _make_shard(path: Path, corpus: Corpus, numbers: Sequence[int], advance) -> 
         except RecordingError as error:
             skipped.append(str(error))
         advance()
+    # Those of Kaldi's archives have as many bins as they have.
+    bins = utterances[0].features.shape[1] if utterances else NUM_MEL_BINS
     empty = Utterance(
-        "", np.zeros((0, NUM_MEL_BINS), np.float16), np.zeros(0, np.int16), np.zeros(0, np.int8)
+        "", np.zeros((0, bins), np.float16), np.zeros(0, np.int16), np.zeros(0, np.int8)
     )
     names, features, phones, labels = zip(empty, *utterances, strict=True)
     texts = json.dumps({"names": names[1:], "skipped": skipped})

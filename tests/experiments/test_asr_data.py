@@ -228,7 +228,9 @@ def test_kaldi_features_come_from_archives(directory):
             writer(name, each)
     found = KaldiDirectory(folder, read_lexicon(lexicon))
     np.testing.assert_array_equal(found.recording(1).features, features["u2"])
-    assert store.featurise(found.recording(1)).features.shape == (20, 7)
+    with training.progress_bar(Console(quiet=True)) as progress:
+        made = store.prepare(found, folder / "made", found.identity, progress, "data")
+    assert [each.features.shape for each in made.utterances] == [(10, 7), (20, 7), (30, 7)]
 
 
 def test_transcripts_may_be_phones(directory):
