@@ -96,7 +96,8 @@ def attend(
         None.
       key_value_seq_lengths: the same for keys and values.
       implementation: "xla", "pallas", "reference", several of these to try in order, or None to let
-        clustax choose; :func:`clustax.implementations.choose` says which one it is.
+        clustax choose; :func:`clustax.implementations.choose` says which one the device is for. If
+        none but "pallas" is named and it cannot serve the call, the reason is raised.
 
     Returns:
       The attended values, in the dtype of ``query``.
@@ -429,10 +430,15 @@ def clustered_attention(
     query, key, value, bias, mask, *_ = arrays
     if is_short(query.shape[-3], exact_below):
         return attend_exactly(*arrays, query.shape[-1] ** -0.5 if scale is None else scale)
-    about_keys: dict[str, Any] = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
+    about_keys: dict[str, Any] = {}
+    if space == "logit":
+        about_keys = {
+            "key": key,
+            "mask": masks.without_biased_out(mask, bias),
+            "key_value_seq_lengths": key_value_seq_lengths,
+        }
     clusters = cluster_queries(
         query,
-        key if space == "logit" else None,
         num_clusters=num_clusters,
         num_bits=num_bits,
         num_iterations=num_iterations,
@@ -440,7 +446,7 @@ def clustered_attention(
         rng=rng,
         query_seq_lengths=query_seq_lengths,
         implementation=implementation,
-        **(about_keys if space == "logit" else {}),
+        **about_keys,
     )
     # Where each query is a cluster its centroid has the exact weights of all keys already.
     alone = query.shape[-3] <= num_clusters
@@ -454,6 +460,7 @@ def clustered_attention(
         merge=merge,
         num_subclusters=1 if alone else num_subclusters,
         scale=scale,
+        key_value_seq_lengths=key_value_seq_lengths,
+        mask=mask,
         implementation=implementation,
-        **about_keys,
     )

@@ -92,6 +92,9 @@ class ClusteredAttention:
         settings = dataclasses.asdict(self)
         del settings["seed"]
         check_settings(**settings)
+        validation.integer("seed", self.seed)
+        if isinstance(self.implementation, list):  # It has to have a hash.
+            object.__setattr__(self, "implementation", tuple(self.implementation))
 
     def cluster(
         self,
@@ -102,9 +105,20 @@ class ClusteredAttention:
         query_seq_lengths: Int[Array, "*B"] | None = None,
         key_value_seq_lengths: Int[Array, "*B"] | None = None,
     ) -> Clusters:
-        """Finds the clusters that a call with these arguments uses; see :meth:`__call__`.
+        """Finds the clusters that a call with these arguments uses.
 
-        It finds them below ``exact_below``, too, where the call makes no use of any.
+        It finds them below ``exact_below``, too, where the call makes no use of any. A bias by -inf
+        is to be in ``mask``, too.
+
+        Args:
+          query, key, mask, query_seq_lengths, key_value_seq_lengths: as for :meth:`__call__`.
+
+        Returns:
+          The clusters, as int32.
+
+        Raises:
+          ValueError: if an argument is not as there.
+          NotImplementedError: if ``implementation`` cannot serve the call.
         """
         query, key = promoted(None, query, key)
         about_keys: dict[str, Any] = {

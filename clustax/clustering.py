@@ -89,6 +89,8 @@ def cluster_codes(
         implementation=implementation,
         of=(codes.shape[-2], codes.shape[-1], codes.dtype),
     )
+    # What stands in a word after the last bit is none of the code.
+    codes &= lsh.pack_bits(jnp.arange(lsh.WORD * codes.shape[-1]) < num_bits, axis=0)
     return _run_kmeans(codes, metric="hamming", num_bits=num_bits, **settings)
 
 
@@ -157,18 +159,18 @@ def cluster_queries(
     validation.at_least("num_bits", num_bits, 1)
     if key is None:
         query = validation.floating("query", query, "*B T N H")
-        about_keys = {"mask": mask, "key_value_seq_lengths": key_value_seq_lengths}
-        for name, given in about_keys.items():
-            if given is not None:
-                raise ValueError(
-                    f"{name} is about keys, got it without key; pass key or leave it out."
-                )
+        validation.no_keys(mask=mask, key_value_seq_lengths=key_value_seq_lengths)
     else:
         query, key = validation.query_key(query, key)
         mask = validation.of_keys("mask", mask, query, key.shape[-3])
         key_value_seq_lengths = validation.lengths(
             "key_value_seq_lengths", key_value_seq_lengths, query.shape[:-3]
         )
+    if metric != "hamming" and planes is not None:
+        raise ValueError(f"planes are for metric='hamming', got metric={metric!r}; leave them out.")
+    if planes is not None:
+        planes = validation.planes("planes", planes, query.shape[-1])
+        num_bits = len(planes)
     if metric == "hamming":
         width, dtype = lsh.num_words(num_bits), jnp.dtype(jnp.uint32)
     else:
@@ -184,20 +186,17 @@ def cluster_queries(
         of=(query.shape[-3], width, dtype),
     )
     planes_rng, settings["rng"] = jax.random.split(settings["rng"])
-    if metric != "hamming" and planes is not None:
-        raise ValueError(f"planes are for metric='hamming', got metric={metric!r}; leave them out.")
+    if num_clusters >= query.shape[-3]:  # Each query is a cluster, whatever lies where.
+        return _run_kmeans(jnp.swapaxes(query, -3, -2), metric=metric, **settings)
     if metric == "hamming" and planes is None:
         planes = lsh.hash_planes(planes_rng, num_bits=num_bits, head_dim=query.shape[-1])
-    elif planes is not None:
-        planes = validation.planes("planes", planes, query.shape[-1])
-
     if key is not None:
         valid_keys = masks.valid_keys(mask, None, key_value_seq_lengths, key.shape[-3])
         query = to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
     if planes is None:
         return _run_kmeans(jnp.swapaxes(query, -3, -2), metric=metric, **settings)
     codes = lsh.hash_codes(query, planes)
-    return _run_kmeans(codes, metric=metric, num_bits=len(planes), **settings)
+    return _run_kmeans(codes, metric=metric, num_bits=num_bits, **settings)
 
 
 @jax.jit
@@ -307,9 +306,10 @@ def _run_kmeans(
         if initial_positions is None:  # one query from each of C equal stretches of the valid ones
             place = jnp.arange(num_clusters) + jax.random.uniform(rng, (num_clusters,))
             start = (place / num_clusters * lengths[..., None]).astype(jnp.int32)
-            start = jnp.minimum(start, jnp.maximum(lengths[..., None] - 1, 0))  # B N C
         else:
             start = jnp.broadcast_to(initial_positions, (*points.shape[:2], num_clusters))
+        # Padding starts no centroid, whatever it holds.
+        start = jnp.minimum(start, jnp.maximum(lengths[..., None] - 1, 0))  # B N C
         settings: dict[str, Any] = {"num_iterations": num_iterations}
         if metric == "hamming":
             settings["num_bits"] = num_bits

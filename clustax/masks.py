@@ -29,6 +29,16 @@ def valid_keys(
     return functools.reduce(operator.and_, conditions) if conditions else None
 
 
+def without_biased_out(
+    mask: Bool[Array, "*#B #N 1 S"] | None, bias: Float[Array, "*#B #N 1 S"] | None
+) -> Bool[Array, "*#B #N 1 S"] | None:
+    """The mask, which leaves keys out that are biased by -inf, too."""
+    if bias is None:
+        return mask
+    valid = bias > -jnp.inf
+    return valid if mask is None else mask & valid
+
+
 def drop_keys(
     x: Float[Array, "*B S K D"], valid: Bool[Array, "*#B #N S"] | None, num_heads: int
 ) -> Float[Array, "*B S heads D"]:

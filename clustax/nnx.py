@@ -53,7 +53,18 @@ class ClusteredMultiHeadAttention(nnx.MultiHeadAttention):
         query_seq_lengths: Int[Array, "*B"] | None = None,
         key_value_seq_lengths: Int[Array, "*B"] | None = None,
     ) -> Clusters:
-        """Finds the clusters that a call with these arguments uses, for this layer or others."""
+        """Finds the clusters that a call with these arguments uses, for this layer or others.
+
+        Args:
+          inputs_q, inputs_k, mask, query_seq_lengths, key_value_seq_lengths: as for
+            :meth:`__call__`.
+
+        Returns:
+          The clusters, as int32, of each head of this layer.
+
+        Raises:
+          ValueError: if an argument is not as there.
+        """
         query = self.query(inputs_q)
         key = self.key(inputs_q if inputs_k is None else inputs_k)
         if self.query_ln is not None and self.key_ln is not None:

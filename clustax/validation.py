@@ -12,13 +12,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 
-def at_least(name: str, value: Any, minimum: int) -> None:
-    """Checks an integer setting."""
+def integer(name: str, value: Any, why: str = "it is a setting") -> None:
+    """Checks a setting that is a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(
-            f"{name} must be a Python int, got {value!r}; it decides shapes, so it cannot be an "
-            "array: under jax.jit mark it as a static argument."
+            f"{name} must be a Python int, got {value!r}; {why}, so it cannot be an array: under "
+            "jax.jit mark it as a static argument."
         )
+
+
+def at_least(name: str, value: Any, minimum: int) -> None:
+    """Checks an integer setting."""
+    integer(name, value, "it decides shapes")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
@@ -27,6 +32,13 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Checks a setting that is one of some names."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def no_keys(**about_keys: Any) -> None:
+    """Refuses what says something of keys where there are none."""
+    for name, given in about_keys.items():
+        if given is not None:
+            raise ValueError(f"{name} is about keys, got it without key; pass key or leave it out.")
 
 
 CLUSTERS_LEAK = (
@@ -44,7 +56,9 @@ def not_causal(is_causal: bool, why: str = CLUSTERS_LEAK) -> None:
 def scalar(name: str, value: Any) -> None:
     """Checks a number, which may be traced."""
     if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(value)}.")
+        raise ValueError(
+            f"{name} must be one number, got an array of shape {jnp.shape(value)}; pass a float."
+        )
 
 
 def rng_key(name: str, rng: Any) -> Array:

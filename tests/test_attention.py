@@ -231,6 +231,21 @@ def test_clustered_attention_clusters_and_attends(metric, space):
     assert largest_error(out, by_hand) <= 1e-5
 
 
+def test_keys_biased_out_have_no_influence_on_clusters():
+    """A bias by -inf is as good as a mask, whatever the keys hold."""
+    inputs = make_inputs(BY_NAME["plain"])
+    left_out = np.arange(inputs.key.shape[-3]) % 3 == 1
+    bias = jnp.where(left_out, -jnp.inf, 0.5)[None, None, None]
+    holding = lambda x, what: jnp.where(left_out[:, None, None], what, x)  # noqa: E731
+    attention = clustax.ClusteredAttention(num_clusters=5, topk=4)
+    expected = attention(*inputs[:3], mask=~left_out[None, None, None])
+    for what in (0, 1e4, jnp.nan):
+        key, value = holding(inputs.key, what), holding(inputs.value, what)
+        np.testing.assert_allclose(
+            attention(inputs.query, key, value, bias), expected, rtol=1e-5, atol=1e-5
+        )
+
+
 def test_no_gradient_flows_through_clustering():
     inputs = make_inputs(BY_NAME["plain"])
     settings = {"num_clusters": 5, "num_iterations": 4, "metric": "euclidean"}

@@ -123,9 +123,15 @@ def test_one_query_may_be_causal():
         {"space": "key"},
         {"implementation": "cuda"},
         {"exact_below": 0},
+        {"seed": 1.5},
     ],
 )
 def test_wrong_settings_are_refused(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"{name} must be"):
         ClusteredAttention(**setting)
+
+
+def test_settings_in_a_list_have_a_hash():
+    listed = ClusteredAttention(implementation=["pallas", "xla"])
+    assert hash(listed) == hash(ClusteredAttention(implementation=("pallas", "xla")))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clustax
-from clustax import kmeans, lsh
+from clustax import kernels, kmeans, lsh
 from clustax.clustering import to_logit_space
 from clustax.heads import map_heads
 from tests import oracle
@@ -305,6 +305,70 @@ def test_majorities_of_long_clusters_do_not_overflow(length):
     cluster = functools.partial(kmeans.hamming, num_bits=1, num_iterations=2)
     _, counts = jax.jit(cluster)(codes, jnp.array([5, 6]), jnp.ones(length, bool))
     assert counts.tolist() == [length - 3, 3]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_padding_starts_no_centroid_whatever_it_holds(implementation):
+    query = np.random.default_rng(0).standard_normal((1, LENGTH, 2, 3)).astype(np.float32)
+    settings = {
+        "num_clusters": 3,
+        "num_iterations": 2,
+        "metric": "euclidean",
+        "query_seq_lengths": jnp.array([12]),
+        "implementation": implementation,
+    }
+    expected = clustax.cluster_queries(
+        jnp.asarray(query), initial_positions=jnp.array([11, 3, 11]), **settings
+    )
+    query[:, 12:] = np.nan
+    clusters = clustax.cluster_queries(
+        jnp.asarray(query), initial_positions=jnp.array([30, 3, 12]), **settings
+    )
+    np.testing.assert_array_equal(clusters.assignment, expected.assignment)
+    assert (clusters.counts[:, :, 1] > 0).all()
+
+
+def test_bits_beyond_the_last_one_do_not_count():
+    codes, bits = random_codes(0, num_bits=64)
+    settings = {
+        "num_bits": 40,
+        "num_clusters": CLUSTERS,
+        "initial_positions": random_positions(0),
+        "query_seq_lengths": LENGTHS,
+    }
+    expected = clustax.cluster_codes(
+        lsh.pack_bits(jnp.asarray(bits[..., :40]), axis=-1), **settings
+    )
+    found = clustax.cluster_codes(codes, **settings)
+    np.testing.assert_array_equal(found.assignment, expected.assignment)
+
+
+def test_planes_say_how_many_bits_there_are(monkeypatch):
+    """What decides whether a kernel serves the call, too."""
+    query = make_inputs(BY_NAME["plain"]).query
+    planes = lsh.hash_planes(jax.random.key(0), num_bits=200, head_dim=query.shape[-1])
+    widths = []
+
+    def refusal(length, width, dtype, num_clusters):
+        widths.append((length, width, num_clusters))
+        return "it is not asked for"
+
+    kernel = type("Kernel", (), {"refusal": staticmethod(refusal)})
+    monkeypatch.setattr("clustax.kernels.of", lambda _: kernel)
+    refused = pytest.raises(NotImplementedError, match="it is not asked for")
+    with kernels.interpret("tpu"), refused:
+        clustax.cluster_queries(query, num_clusters=5, planes=planes, implementation="pallas")
+    assert widths == [(query.shape[-3], 7, 5)]
+
+
+@pytest.mark.parametrize("metric", ["hamming", "euclidean"])
+def test_more_clusters_than_queries_need_no_points(metric, monkeypatch):
+    monkeypatch.setattr("clustax.clustering.to_logit_space", None)
+    monkeypatch.setattr("clustax.lsh.hash_planes", None)
+    query, key = jnp.zeros((2, 3, 1, 4)), jnp.zeros((2, 50, 1, 4))
+    clusters = clustax.cluster_queries(query, key, num_clusters=9, metric=metric)
+    np.testing.assert_array_equal(clusters.assignment, [[[0, 1, 2]]] * 2)
+    np.testing.assert_array_equal(clusters.counts, [[[1, 1, 1]]] * 2)
 
 
 def test_start_is_where_it_is_told():

@@ -357,6 +357,8 @@ def test_recommend():
         assert found.tried[-1].attention == found.attention
         assert found.exact_operations == 64 * 64 * 8
         assert found.exact_is_cheaper == (found.operations >= 64 * 64 * 8)
+    mixed = recommend(query, key, value.astype(jnp.bfloat16), target_error=10, candidates=grid)
+    assert mixed.attention == min(grid, key=cost.__getitem__)
     best = min(errors, key=errors.__getitem__)
     with pytest.raises(ValueError, match=rf"3 candidates.*{ordered[0]:.3g}, of ClusteredAttention"):
         find(target_error=ordered[0] / 2)
@@ -376,6 +378,8 @@ def test_mistakes_are_explained():
         diagnostics.kept_mass(query, query, clusters=clusters, topk=-1)
     with pytest.raises(ValueError, match=r"clusters must be clustax\.Clusters"):
         diagnostics.inertia(query, clusters=query)
+    with pytest.raises(ValueError, match="mask is about keys, got it without key"):
+        diagnostics.inertia(query, clusters=clusters, mask=jnp.ones((1, 1, 5), bool))
     with pytest.raises(ValueError, match=r"clusters.assignment must have shape .* \(1, 4\)"):
         diagnostics.distance_bound(query[:4], query, clusters=clusters)
 

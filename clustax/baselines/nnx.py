@@ -60,6 +60,13 @@ class ReformerSelfAttention(nnx.Module):
           inputs: what queries, keys and values are projected from.
           mask: of shape (*B|1, N|1, 1, T), true for tokens that count.
           lengths: number of valid tokens of each batch entry; the rest is padding. All if None.
+
+        Returns:
+          The outputs, in the shape of the inputs.
+
+        Raises:
+          ValueError: if an argument is not as above, or T is not a multiple of what the attention
+            cuts it into.
         """
         query = self.query_key(inputs)
         attended = self.attention_fn(

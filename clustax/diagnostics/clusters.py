@@ -69,10 +69,12 @@ def inertia(
     """The mean squared distance of queries to the centroids of their clusters.
 
     With ``key`` the distance is that between logits before scaling, a mean over keys: what
-    :func:`clustax.cluster_queries` minimises when it is given ``key``.
+    :func:`clustax.cluster_queries` minimises when it is given ``key`` and
+    ``metric="euclidean"``.
 
     Args:
-      query, key, query_seq_lengths, key_value_seq_lengths, mask: as there.
+      query, key, query_seq_lengths, key_value_seq_lengths, mask: as there; the last two only with
+        ``key``.
       clusters: the clusters of these queries.
 
     Returns:
@@ -85,6 +87,8 @@ def inertia(
     >>> inertia(query, clusters=Clusters(jnp.array([[0, 0, 1]]), jnp.array([[2, 1]])))
     Array([0.6666667], dtype=float32)
     """
+    if key is None:
+        validation.no_keys(mask=mask, key_value_seq_lengths=key_value_seq_lengths)
     keys = query if key is None else key
     query, keys, _, _, mask, query_seq_lengths, key_value_seq_lengths = checked_arrays(
         query, keys, keys, None, mask, query_seq_lengths, key_value_seq_lengths

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from clustax import validation
 from clustax.attention import is_short
-from clustax.attention_fn import ClusteredAttention
+from clustax.attention_fn import ClusteredAttention, promoted
 from clustax.diagnostics.errors import ApproximationError, approximation_error
 from clustax.diagnostics.sample import SAMPLE
 
@@ -175,6 +175,7 @@ def recommend(
     """
     if not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
+    query, key, value = promoted(None, query, key, value)
     shapes = tuple(map(jnp.shape, (query, key, value)))
     validation.value_of_key(value, validation.query_key(query, key)[1])
     sizes = (shapes[0][-3], shapes[1][-3], shapes[0][-1], shapes[2][-1])

@@ -144,6 +144,9 @@ def attention_weights(
     Returns:
       The weights, of at least float32.
 
+    Raises:
+      ValueError: if ``attention`` finds an argument that is not as it should be.
+
     >>> query, key = jax.random.normal(jax.random.key(0), (2, 9, 1, 4))  # T = S = 9, N = 1
     >>> weights = attention_weights(query, key, attention=ClusteredAttention(num_clusters=3))
     >>> weights.shape, bool(jnp.allclose(weights.sum(axis=-1), 1))
