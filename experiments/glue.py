@@ -460,15 +460,15 @@ def make_table(models: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(models: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws points to exact attention against clusters, a panel for each task.
+    """Draws points to exact attention against clusters, a panel for each task and training.
 
     Solid lines are over all of the development set, dotted ones over what is approximated.
     """
-    tasks = list(dict.fromkeys(model["task"] for model in models))
-    figure = Figure(figsize=(1 + 3.2 * len(tasks), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axes, task in zip(panels, tasks, strict=True):
-        model = next(model for model in models if model["task"] == task)
+    # Of several seeds, the first is drawn.
+    drawn = {(m["task"], m["trained_with"]): m for m in reversed(models)}
+    figure = Figure(figsize=(1 + 3.2 * len(drawn), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, model in zip(panels, reversed(drawn.values()), strict=True):
         first = model["rows"][0]["set"]
         rows = [row for row in model["rows"] if row["set"] == first and row["num_clusters"]]
         for name, marker in zip(COMPARED, "so^", strict=True):
@@ -480,8 +480,10 @@ def draw(models: Sequence[Mapping[str, Any]]) -> Figure:
             line = axes.errorbar(counts, *differences(found), marker=marker, capsize=3, label=name)
             part = [100 * row.get("difference_of_approximated", np.nan) for row in found]
             axes.plot(counts, part, ":", marker=marker, color=line[0].get_color(), alpha=0.6)
-        axes.axhline(0, color="black", linewidth=1, linestyle=":")
-        axes.set(title=f"{task}, trained with {model['trained_with']}", xlabel="clusters C")
+        axes.plot([], [], ":", color="gray", label="texts that are not exact by design")
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_title(f"{model['task']}, trained with\n{model['trained_with']}", fontsize=10)
+        axes.set(xlabel="clusters C")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("points more than exact attention")
     panels[0].legend(fontsize=8)

@@ -368,7 +368,8 @@ def glue(record: Mapping[str, Any]) -> str:
     return "\n\n".join(
         (
             markdown_table((*header, *metrics), whole),
-            "The texts that are too long to be exact by design, points to exact attention:",
+            "Only the texts with more tokens than both C and k, as shorter ones are exact by "
+            "design; points to exact attention:",
             markdown_table((*header, *tasks), part),
             caption,
         )
