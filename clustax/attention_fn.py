@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from clustax import validation
+from clustax import masks, validation
 from clustax.attention import attend, check_settings, clustered_attention, is_short
 from clustax.clustering import Clusters, cluster_queries
 
@@ -102,16 +102,17 @@ class ClusteredAttention:
         key: Float[Array, "*B S K H"],
         mask: Array | None = None,
         *,
+        bias: Float[Array, "*#B #N 1 S"] | None = None,
         query_seq_lengths: Int[Array, "*B"] | None = None,
         key_value_seq_lengths: Int[Array, "*B"] | None = None,
     ) -> Clusters:
         """Finds the clusters that a call with these arguments uses.
 
-        It finds them below ``exact_below``, too, where the call makes no use of any. A bias by -inf
-        is to be in ``mask``, too.
+        It finds them below ``exact_below``, too, where the call makes no use of any.
 
         Args:
           query, key, mask, query_seq_lengths, key_value_seq_lengths: as for :meth:`__call__`.
+          bias: the same; it matters only where it is -inf, as the key then does not count.
 
         Returns:
           The clusters, as int32.
@@ -123,7 +124,7 @@ class ClusteredAttention:
         query, key = promoted(None, query, key)
         about_keys: dict[str, Any] = {
             "key": key,
-            "mask": as_bool(mask),
+            "mask": masks.without_biased_out(as_bool(mask), bias),
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         return cluster_queries(

@@ -187,7 +187,7 @@ def test_approximation_error(sample):
     inputs = make_inputs(EVERYTHING)
     junk = with_junk(inputs)
     attention = ClusteredAttention(4, 3, "mass", num_subclusters=2, scale=0.7)
-    clusters = attention.cluster(junk.query, junk.key, junk.mask, **lengths(junk))
+    clusters = attention.cluster(junk.query, junk.key, junk.mask, bias=junk.bias, **lengths(junk))
     out = oracle.attend(inputs, clusters, 3, "mass", 2, scale=0.7)
     exact = oracle.attend(inputs, scale=0.7)
     rows = [np.arange(length) for length in EVERYTHING.query_lengths]

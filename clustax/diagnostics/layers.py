@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from flax import nnx
 from jaxtyping import Array
 
-from clustax import masks, validation
+from clustax import validation
 from clustax.attention_fn import ClusteredAttention, as_bool, of_heads
 from clustax.clustering import Clusters
 from clustax.diagnostics.bounds import KeptMass, kept_mass
@@ -133,9 +133,7 @@ class _Watched:
         # Clusters that the model shares are its own: another attention finds others.
         clusters = options.get("clusters") if self.measured is self.attention_fn else None
         if clusters is None:
-            clusters = self.measured.cluster(
-                query, key, masks.without_biased_out(mask, bias), **lengths
-            )
+            clusters = self.measured.cluster(query, key, mask, bias=bias, **lengths)
         clusters = of_heads(clusters, query.shape[-2])
         common: dict[str, Any] = {
             "scale": self.measured.scale,
