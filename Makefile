@@ -6,7 +6,7 @@
 #   make scaling  time and memory against exact attention and other rivals
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
-#   make asr      train speech recognisers with each attention, hours on 2 cores
+#   make asr      train speech recognisers with each attention, an hour and a half on 2 cores
 #   make glue     fine-tune on GLUE's tasks: GLUE=DIR has their folders
 #   make squad    fine-tune a reader, by folds: SQUAD=FILE is SQuAD's JSON
 #   make aot      compile kernels and programs for TPUs and GPUs that are not there; hours on 2 cores
