@@ -65,8 +65,7 @@ class ReformerSelfAttention(nnx.Module):
           The outputs, in the shape of the inputs.
 
         Raises:
-          ValueError: if an argument is not as above, or T is not a multiple of what the attention
-            cuts it into.
+          ValueError: if an argument is not as above.
         """
         query = self.query_key(inputs)
         attended = self.attention_fn(
