@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt32
 
 from clustax import implementations, kernels, kmeans, lsh, masks, reference, validation
 from clustax.heads import map_heads
@@ -190,11 +190,16 @@ def cluster_queries(
         return _run_kmeans(jnp.swapaxes(query, -3, -2), metric=metric, **settings)
     if metric == "hamming" and planes is None:
         planes = lsh.hash_planes(planes_rng, num_bits=num_bits, head_dim=query.shape[-1])
+    covariance = None
     if key is not None:
         valid_keys = masks.valid_keys(mask, None, key_value_seq_lengths, key.shape[-3])
-        query = to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
+        if metric == "euclidean" and _takes_covariance(query.dtype, settings["implementation"]):
+            covariance = key_covariance(key, valid_keys, query.shape[-2])
+        else:
+            query = to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
     if planes is None:
-        return _run_kmeans(jnp.swapaxes(query, -3, -2), metric=metric, **settings)
+        points = jnp.swapaxes(query, -3, -2)
+        return _run_kmeans(points, covariance=covariance, metric=metric, **settings)
     codes = lsh.hash_codes(query, planes)
     return _run_kmeans(codes, metric=metric, num_bits=num_bits, **settings)
 
@@ -248,6 +253,32 @@ def to_logit_space(
     return out.reshape(shape)
 
 
+def _takes_covariance(dtype: jnp.dtype, implementation: str) -> bool:
+    """Whether K-means takes queries as they are, and the covariance of their keys besides."""
+    return implementation == "pallas" and kernels.device() in kernels.GPUS and dtype == jnp.bfloat16
+
+
+@partial(jax.jit, static_argnames="num_heads")
+def key_covariance(
+    key: BFloat16[Array, "*B S K H"], valid_keys: Bool[Array, "*#B #N S"] | None, num_heads: int
+) -> Float[Array, "*B N H H"]:
+    """The covariance of the keys of each head, from one read of them."""
+    key = lax.stop_gradient(masks.drop_keys(key, valid_keys, num_heads))
+    count: Any = key.shape[-3]
+    if valid_keys is not None:
+        count = jnp.maximum(valid_keys.sum(axis=-1), 1)[..., None, None]  # #B #N 1 1
+
+    def of_heads(x):  # sums of K heads are those of N
+        return jnp.repeat(x, num_heads // x.shape[-3], axis=-3) / count
+
+    key = key.astype(jnp.float32)
+    # What was bfloat16 keeps all bits in the matrix unit's float32.
+    product = partial(jnp.einsum, precision=lax.Precision.DEFAULT)
+    mean = of_heads(key.sum(axis=-3)[..., None, :])  # *B N 1 H
+    square = of_heads(product("...skh,...ski->...khi", key, key))
+    return square - jnp.swapaxes(mean, -1, -2) * mean
+
+
 def _checked_settings(
     batch: tuple[int, ...],
     *,
@@ -288,6 +319,7 @@ def _run_kmeans(
     initial_positions: Int[Array, " C"] | None,
     query_seq_lengths: Int[Array, "*B"] | None,
     *,
+    covariance: Float[Array, "*B N H H"] | None = None,
     metric: str,
     num_bits: int | None = None,
     num_clusters: int,
@@ -315,7 +347,10 @@ def _run_kmeans(
             settings["num_bits"] = num_bits
             numbers_per_query = lsh.WORD * width
         else:
-            points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+            if covariance is None:
+                points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+            else:
+                settings["covariance"] = covariance.reshape(-1, width, width)
             numbers_per_query = num_clusters
         if implementation == "pallas":  # all heads at once
             arrays = (x.reshape(-1, *x.shape[2:]) for x in (points, start, valid))

@@ -216,28 +216,51 @@ def tile_queries(
     tiles = -(-counts // size)
     tile_ends, ends = jnp.cumsum(tiles, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)
     cluster = jnp.searchsorted(tile_ends, jnp.arange(num_tiles), side="right")
-    # What separates the slots of a cluster from the places of its queries in the sorted sequence.
-    shift = size * (tile_ends - tiles) - (ends - counts)
-
-    positions = jnp.arange(num_queries, dtype=jnp.int32)
-    if (num_clusters + 1) * num_queries < 2**31:  # one sort of cluster and position in one number
-        sorted_cluster, order = jnp.divmod(
-            lax.sort(assignment.astype(jnp.int32) * num_queries + positions), num_queries
-        )
-    else:
-        sorted_cluster, order = lax.sort((assignment.astype(jnp.int32), positions), num_keys=1)
-    padded = sorted_cluster == num_clusters
-    sorted_slot = jnp.where(padded, num_tiles * size, positions + shift[sorted_cluster])
-    query = jnp.full(num_tiles * size, num_queries, jnp.int32)
-    query = query.at[sorted_slot].set(order, mode="drop")
     cluster = jnp.minimum(cluster, num_clusters - 1)  # an unused tile may be of any cluster
+
+    assignment = assignment.astype(jnp.int32)
+    place = lax.platform_dependent(
+        assignment, ends - counts, cuda=_places_by_counting, default=_places_by_sorting
+    )
+    first_slot = size * (tile_ends - tiles)
+    padded = assignment == num_clusters
+    slot = jnp.where(padded, num_tiles * size, first_slot.at[assignment].get(mode="clip") + place)
+    query = jnp.full(num_tiles * size, num_queries, jnp.int32)
+    query = query.at[slot].set(jnp.arange(num_queries), mode="drop")
     tile_of_cluster = jnp.arange(num_tiles) - (tile_ends - tiles)[cluster]
     return Tiles(
         cluster=cluster,
         query=query.reshape(num_tiles, size),
         place=size * tile_of_cluster[:, None] + jnp.arange(size),
-        slot=jnp.zeros_like(positions).at[order].set(sorted_slot),
+        slot=slot,
     )
+
+
+def _places_by_sorting(assignment: Int[Array, " T"], starts: Int[Array, " C"]) -> Int[Array, " T"]:
+    """Which of the queries of its cluster each one is, in the order of the sequence."""
+    num_queries, num_clusters = len(assignment), len(starts)
+    positions = jnp.arange(num_queries, dtype=jnp.int32)
+    if (num_clusters + 1) * num_queries < 2**31:  # one sort of cluster and position in one number
+        cluster, order = jnp.divmod(lax.sort(assignment * num_queries + positions), num_queries)
+    else:
+        cluster, order = lax.sort((assignment, positions), num_keys=1)
+    place = positions - starts.at[cluster].get(mode="clip")
+    return jnp.zeros_like(positions).at[order].set(place)
+
+
+def _places_by_counting(assignment: Int[Array, " T"], starts: Int[Array, " C"]) -> Int[Array, " T"]:
+    """The same without a sort: members in earlier blocks of queries, and earlier in the block."""
+    block = 32
+    num_blocks = -(-len(assignment) // block)
+    padding = (0, num_blocks * block - len(assignment))
+    blocks = jnp.pad(assignment, padding, constant_values=len(starts)).reshape(-1, block)
+    row = jnp.arange(num_blocks)[:, None]
+    members = jnp.zeros((num_blocks, len(starts)), jnp.int32).at[row, blocks].add(1, mode="drop")
+    earlier = jnp.cumsum(members, axis=0) - members
+    is_same = blocks[:, :, None] == blocks[:, None]
+    is_same &= jnp.arange(block)[:, None] > jnp.arange(block)
+    place = earlier.at[row, blocks].get(mode="clip") + is_same.sum(axis=-1, dtype=jnp.int32)
+    return place.reshape(-1)[: len(assignment)]
 
 
 def tile_size(num_queries: int, num_clusters: int) -> int:

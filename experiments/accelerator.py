@@ -9,11 +9,12 @@ import glob
 import importlib
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,12 @@ from experiments.common.timing import Times, take_turns
 from experiments.scaling import with_gradient
 from experiments.swap import shared
 
+K = TypeVar("K")
 QUEUED = 8  # calls in a row, so that the time to start one is hidden behind the one before
 EXACT = "exact"
-PASSES = ("forward", "forward and backward")
+CLUSTERS = "clusters alone"
+EXPECTED = "expected"
+PASSES = (CLUSTERS, "forward", "forward and backward")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Settings:
         clusters: clusters C of each head.
         topk: keys k with exact logits.
         rounds: counted runs of each rival and length.
-        profiled: the length at which the parts of the default attention are timed.
+        profiled: the length at which the parts of a call are timed, one of those above.
         checked: the length at which results are compared with those in float32.
         seed: of queries, keys and values.
         output: where the results go, without the ending.
@@ -74,6 +78,7 @@ class Row(NamedTuple):
     measured: str  # one of PASSES
     length: int
     times: Times
+    peak_bytes: int | None  # of memory, as the compiler says
 
 
 class Check(NamedTuple):
@@ -132,22 +137,47 @@ def rivals(settings: Settings) -> dict[str, Callable[..., jax.Array]]:
         for implementation in implementations()
         for name, attention in settled.items()
     }
-    if "pallas" in implementations():  # XLA's for the default only: compiling takes long
-        ours = {name: ours[name] for name in [f"{x} (pallas)" for x in settled] + ["default (xla)"]}
     return exact | ours
 
 
-def measure(settings: Settings, length: int, advance: Callable[[], None]) -> list[Row]:
-    """Times all rivals at one length."""
-    arrays = inputs(settings, length)
-    runs = {}
-    for name, attention in rivals(settings).items():
-        for measured, function in zip(PASSES, (attention, with_gradient(attention)), strict=True):
-            runs[name, measured] = partial(_run, jax.jit(function), arrays)
-    times = take_turns(runs, settings.rounds, advance)
+def programs(
+    attentions: Mapping[str, Callable[..., jax.Array]], arrays: list[jax.Array]
+) -> dict[tuple[str, str], jax.stages.Compiled]:
+    """What is measured of each of these, compiled, by its name and pass."""
+    lowered = {}
+    for name, attention in attentions.items():
+        passes = dict(zip(PASSES[1:], (attention, with_gradient(attention)), strict=True))
+        if isinstance(attention, ClusteredAttention):
+            passes[CLUSTERS] = lambda q, k, _, find=attention.cluster: find(q, k)
+        for measured, function in passes.items():
+            lowered[name, measured] = jax.jit(function).lower(*arrays)
+    return compile_all(lowered)
+
+
+def compile_all(lowered: Mapping[K, jax.stages.Lowered]) -> dict[K, jax.stages.Compiled]:
+    """Compiles several programs at once, which takes several cores and less time."""
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda each: each.compile(), lowered.values())
+        return dict(zip(lowered, compiled, strict=True))
+
+
+def measure(
+    settings: Settings,
+    found: Mapping[tuple[str, str], jax.stages.Compiled],
+    arrays: list[jax.Array],
+    advance: Callable[[], None],
+) -> list[Row]:
+    """Times all programs of one length."""
+    runs = {key: partial(_run, program, arrays) for key, program in found.items()}
     return [
-        Row(name, measured, length, _per_call(value)) for (name, measured), value in times.items()
+        Row(*key, arrays[0].shape[1], _per_call(times), _peak(found[key]))
+        for key, times in take_turns(runs, settings.rounds, advance).items()
     ]
+
+
+def _peak(program: jax.stages.Compiled) -> int | None:
+    memory = program.memory_analysis()
+    return None if memory is None else memory.peak_memory_in_bytes
 
 
 def _run(program: Callable[..., Any], arrays: list[jax.Array]) -> None:
@@ -167,11 +197,11 @@ def check(settings: Settings) -> list[Check]:
         difference = actual.astype(jnp.float32) - expected
         return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
 
-    checks = []
+    lowered, given = {}, {}
     for name, attention in settings_of(settings).items():
         clusters = jax.jit(replace(attention, implementation="xla").cluster)(*arrays[:2])
 
-        def results(implementation, arrays, attention=attention, clusters=clusters):
+        def lower(implementation, arrays, attention=attention, clusters=clusters):
             attend = replace(attention, implementation=implementation)
 
             # Clusters are an argument: a compiler would sort constants itself, slowly.
@@ -179,29 +209,34 @@ def check(settings: Settings) -> list[Check]:
                 fixed = partial(attend, clusters=clusters)
                 return fixed(*arrays), *with_gradient(fixed)(*arrays)
 
-            return jax.jit(output_and_gradient)(clusters, *arrays)
+            return jax.jit(output_and_gradient).lower(clusters, *arrays)
 
         with jax.default_matmul_precision("highest"):
-            expected = results("xla", wide)
+            lowered[name, EXPECTED] = lower("xla", wide)
+        given[name, EXPECTED] = clusters, *wide
         for implementation in implementations():
-            output, *gradients = map(error, results(implementation, arrays), expected)
+            lowered[name, implementation] = lower(implementation, arrays)
+            given[name, implementation] = clusters, *arrays
+    found = {key: program(*given[key]) for key, program in compile_all(lowered).items()}
+    checks = []
+    for (name, implementation), results in found.items():
+        if implementation != EXPECTED:
+            output, *gradients = map(error, results, found[name, EXPECTED])
             checks.append(Check(f"{name} ({implementation})", output, tuple(gradients)))
     return checks
 
 
-def profile(settings: Settings) -> dict[str, dict[str, float]]:
-    """Microseconds on the device that each program of the default attention takes, by pass."""
-    arrays = inputs(settings, settings.profiled)
-    attention = replace(settings_of(settings)["default"], implementation=implementations()[0])
-    parts = {}
-    for measured, function in zip(PASSES, (attention, with_gradient(attention)), strict=True):
-        program = jax.jit(function)
-        jax.block_until_ready(program(*arrays))
+def profile(
+    found: Mapping[tuple[str, str], jax.stages.Compiled], arrays: list[jax.Array]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Microseconds on the device of each part of the programs, by attention and pass."""
+    parts: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for (name, measured), program in found.items():
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 jax.block_until_ready(program(*arrays))
             (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-            parts[measured] = _device_times(jax.profiler.ProfileData.from_file(path))
+            parts[name][measured] = _device_times(jax.profiler.ProfileData.from_file(path))
     return parts
 
 
@@ -226,8 +261,7 @@ def make_table(settings: Settings, rows: list[Row], measured: str) -> Table:
     """Medians in milliseconds, and how many times faster than the fastest exact attention."""
     table = Table(title=f"Milliseconds, {measured}")
     table.add_column("T", justify="right")
-    names = list(dict.fromkeys(row.attention for row in rows))
-    for name in names:
+    for name in dict.fromkeys(row.attention for row in rows if row.measured == measured):
         table.add_column(name.replace(" (", "\n("), justify="right")
     for length in settings.lengths:
         cells = []
@@ -244,7 +278,7 @@ def make_table(settings: Settings, rows: list[Row], measured: str) -> Table:
 
 def draw(settings: Settings, rows: list[Row]) -> Figure:
     """Draws time against length."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained", sharey=True)
     for axes, measured in zip(panels, PASSES, strict=True):
         for name in dict.fromkeys(row.attention for row in rows):
             mine = [row for row in rows if (row.attention, row.measured) == (name, measured)]
@@ -256,12 +290,12 @@ def draw(settings: Settings, rows: list[Row]) -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("milliseconds")
-    panels[0].legend(fontsize=8)
+    panels[-1].legend(fontsize=8)
     return figure
 
 
 def make_record(
-    settings: Settings, rows: list[Row], checks: list[Check], parts: dict[str, dict[str, float]]
+    settings: Settings, rows: list[Row], checks: list[Check], parts: dict[str, Any]
 ) -> dict[str, Any]:
     """All that is needed to understand the figures or to get them again."""
     return shared.describe(
@@ -278,6 +312,7 @@ def make_record(
                 "median_seconds": row.times.median,
                 "quartiles_seconds": row.times.quartiles,
                 "fastest_exact_seconds": fastest_exact(rows, row),
+                "peak_bytes": row.peak_bytes,
             }
             for row in rows
         ],
@@ -295,20 +330,24 @@ def run(settings: Settings, console: Console) -> None:
         gradients = ", ".join(f"{gradient:.1e}" for gradient in each.gradients)
         console.print(f"{each.attention}: errors {each.output:.1e}, of gradients {gradients}")
     rows: list[Row] = []
+    parts: dict[str, Any] = {}
     with Progress(console=console) as progress:
         for length in settings.lengths:
             task = progress.add_task(f"T = {length}", total=None)
-            rows += measure(settings, length, lambda task=task: progress.advance(task))
-            progress.update(task, total=1, completed=1)
+            arrays = inputs(settings, length)
+            found = programs(rivals(settings), arrays)
+            progress.update(task, total=settings.rounds * len(found))
+            rows += measure(settings, found, arrays, lambda task=task: progress.advance(task))
+            if length == settings.profiled:
+                parts = profile(found, arrays)
     for measured in PASSES:
         console.print(make_table(settings, rows, measured))
-    parts = profile(settings)
-    for measured, times in parts.items():
-        console.print(
-            f"Default at T = {settings.profiled}, {measured}: {sum(times.values()):.0f} µs"
-        )
-        for name, microseconds in list(times.items())[:16]:
-            console.print(f"{microseconds:9.1f} µs  {name[:80]}")
+    for name, passes in parts.items():
+        for measured, times in passes.items():
+            total = sum(times.values())
+            console.print(f"{name} at T = {settings.profiled}, {measured}: {total:.0f} µs")
+            for part, microseconds in list(times.items())[:16]:
+                console.print(f"{microseconds:9.1f} µs  {part[:80]}")
     record = make_record(settings, rows, checks, parts)
     shared.write_results(settings.output, record, draw(settings, rows), console)
 

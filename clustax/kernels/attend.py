@@ -152,9 +152,9 @@ def _take_backward(residuals, d_rows):
     def add(index, d_rows):
         index, order = lax.sort((index, jnp.arange(len(index))), num_keys=1)
         d_rows = d_rows[order].astype(jnp.promote_types(x.dtype, jnp.float32))
-        return sum_runs(d_rows, index, x.shape[1])
+        return sum_runs(d_rows, index, x.shape[1], x.dtype)
 
-    return jax.vmap(add)(index, d_rows).astype(x.dtype), None
+    return jax.vmap(add)(index, d_rows), None
 
 
 _take.defvjp(_take_forward, _take_backward)

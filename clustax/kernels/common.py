@@ -1,5 +1,7 @@
 """What several kernels need: bounds, roundings, the products of matrix units."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,11 +34,12 @@ def bfloat16_parts(x: Float[Array, "*n"]) -> tuple[BFloat16[Array, "*n"], BFloat
 
 
 def sum_runs(
-    rows: Float[Array, "n ..."], index: Int[Array, " n"], size: int
+    rows: Float[Array, "n ..."], index: Int[Array, " n"], size: int, dtype: Any = None
 ) -> Float[Array, "size ..."]:
-    """Sums of the rows of each index, which must not decrease; in one order."""
+    """Sums of the rows of each index, which must not decrease; in one order. Perhaps rounded."""
+    dtype = rows.dtype if dtype is None else dtype
     if kernels.device() not in kernels.GPUS:
-        return jax.ops.segment_sum(rows, index, size, indices_are_sorted=True)
+        return jax.ops.segment_sum(rows, index, size, indices_are_sorted=True).astype(dtype)
 
     # GPUs would add to a sum as threads happen to come.
     def add(left, right):
@@ -45,7 +48,8 @@ def sum_runs(
 
     _, sums = lax.associative_scan(add, (index, rows))
     is_last = jnp.append(index[1:] != index[:-1], True)
-    out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+    out = jnp.zeros((size, *rows.shape[1:]), dtype)
+    sums = sums.astype(dtype)  # before they go to their places, of which there are more
     return out.at[jnp.where(is_last, index, size)].set(sums, mode="drop", unique_indices=True)
 
 

@@ -12,15 +12,15 @@ from experiments.common.timing import Times
 SETTINGS = Settings(lengths=(32,), heads=2, head_dim=8, clusters=4, topk=4, checked=32)
 
 
-def row(attention: str, seconds: float, measured: str = PASSES[0]) -> Row:
-    return Row(attention, measured, 32, Times((seconds, seconds)))
+def row(attention: str, seconds: float, measured: str = PASSES[1]) -> Row:
+    return Row(attention, measured, 32, Times((seconds, seconds)), 0)
 
 
 ROWS = [
     row("exact (cuDNN)", 2.0),
     row("exact (tokamax)", 1.0),
     row("default (xla)", 0.5),
-    row("exact (cuDNN)", 9.0, PASSES[1]),
+    row("exact (cuDNN)", 9.0, PASSES[2]),
 ]
 
 
@@ -31,7 +31,7 @@ def test_the_fastest_exact_attention_is_of_the_same_length_and_passes():
 
 
 def test_table_says_how_many_times_faster():
-    columns = accelerator.make_table(SETTINGS, ROWS, PASSES[0]).columns
+    columns = accelerator.make_table(SETTINGS, ROWS, PASSES[1]).columns
     assert list(columns[3].cells) == ["500.00\n2.0×"]
     assert list(columns[1].cells) == ["2000.00"]
 

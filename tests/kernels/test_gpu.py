@@ -1,4 +1,4 @@
-"""Kernels for GPUs, interpreted on a CPU, against the XLA implementation.
+"""Kernels for GPUs against the XLA implementation: interpreted, or run where there is such a GPU.
 
 Most tests are of Hopper's: Blackwell's differ in how they multiply matrices, and in nothing else.
 """
@@ -28,8 +28,16 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def gpu_kernels(request):
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    with kernels.interpret(parameters.get("device", "hopper")):
-        yield
+    wanted, own = parameters.get("device", "hopper"), kernels.device()
+    # XLA's products of float32, which they are compared with, lack half of their bits on GPUs.
+    with jax.default_matmul_precision("highest"):
+        if own not in kernels.GPUS:
+            with kernels.interpret(wanted):
+                yield
+        elif "device" in parameters and wanted != own:
+            pytest.skip(f"a GPU that is at hand is not of {wanted}")
+        else:
+            yield
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -62,13 +70,38 @@ def test_euclidean_kmeans_is_that_of_xla(device):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_centroids_may_start_at_padding():
-    points, start = normal(0, 2, 150, 7), START.at[1, 2].set(140)
-    actual = gpu_kmeans.euclidean(points, start, VALID, num_iterations=3)
-    expected = jax.vmap(lambda *args: kmeans.euclidean(*args, num_iterations=3))(
-        points, start, VALID
+def test_kmeans_in_logit_space_needs_no_other_points():
+    # Far from zero, where products without the mean would lose more than that to rounding.
+    points = (normal(0, 2, 150, 7) + 8).astype(jnp.bfloat16)
+    factor = normal(1, 2, 7, 7)
+    covariance = jnp.einsum("gij,gkj->gik", factor, factor)
+    actual = gpu_kmeans.euclidean(
+        points.at[1, 97:].set(jnp.nan), START, VALID, covariance, num_iterations=4
+    )
+    moved = jnp.einsum("gth,ghk->gtk", points.astype(jnp.float32) - 8, factor)
+    expected = jax.vmap(lambda *args: kmeans.euclidean(*args, num_iterations=4))(
+        moved, START, VALID
     )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_clusters_in_logit_space_are_those_of_xla():
+    inputs = make_inputs(BY_NAME["everything"], jnp.bfloat16)
+
+    def clusters(implementation):
+        return cluster_queries(
+            inputs.query,
+            inputs.key,
+            num_clusters=5,
+            num_iterations=3,
+            metric="euclidean",
+            query_seq_lengths=inputs.query_seq_lengths,
+            key_value_seq_lengths=inputs.key_value_seq_lengths,
+            mask=inputs.mask,
+            implementation=implementation,
+        )
+
+    jax.tree.map(np.testing.assert_array_equal, clusters("pallas"), clusters("xla"))
 
 
 @functools.partial(jax.jit, static_argnames="attention")

@@ -28,6 +28,8 @@ ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 MAX_TOPK = 128  # lists of top-k keys are in registers
 MAX_DIM = 128  # and so are gradients of keys and of values, at once
 SHARED_BYTES = 200 * 2**10  # of the 227 KiB that a block of threads may have
+BLOCKS = 16  # of threads for a head, at least: few heads have to keep all multiprocessors busy
+MAX_TILES = 16  # of rows, one after the other in a block
 
 
 def refusal(shape: Shape) -> str | None:
@@ -50,6 +52,15 @@ def refusal(shape: Shape) -> str | None:
             f"{shape.value_dim} exceed the memory that threads of a GPU share"
         )
     return None
+
+
+def tiles_of_block(length: int) -> int:
+    """How many tiles of ``HEIGHT`` rows a block of threads has, of so many rows.
+
+    It is the same, or divides their number, when they are padded to a multiple of it.
+    """
+    tiles = -(-length // HEIGHT) // BLOCKS
+    return min(MAX_TILES, 1 << max(0, tiles.bit_length() - 1))
 
 
 def of_rows(x: Shaped[Array, " n"], shape: tuple[int, int]) -> Shaped[Array, "n m"]:

@@ -33,7 +33,6 @@ from clustax.kernels.gpu.products import Factors
 
 KEYS = 64  # at a time
 TILE = (gpu.HEIGHT, KEYS)
-TILES = 16  # of a block
 WORD = 32  # bits that say which keys are top
 SLOTS = 2  # tiles of keys in flight
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -117,7 +116,7 @@ def centroid_attention(
       scale: factor of the logits.
     """
     num_clusters, num_keys = centroids.shape[1], key.shape[1]
-    block = min(TILES, -(-num_keys // KEYS)) * KEYS
+    block = gpu.tiles_of_block(num_keys) * KEYS
     addend = masked_bias(bias, valid)
 
     def of_subclusters(x):  # G C R … -> G R C …
@@ -221,8 +220,8 @@ def _select(operands: Operands, ranking: Softmax | None, topk: int) -> Int[Array
     def of_cluster(x):
         return jnp.swapaxes(x, 1, 2).reshape(*most.shape[:2], -1)
 
-    _, index = lax.sort((-of_cluster(ranks), of_cluster(index)), num_keys=2)
-    return index[..., :topk]
+    ordered = lax.sort((-of_cluster(ranks), of_cluster(index)), num_keys=2, is_stable=False)
+    return ordered[1][..., :topk]
 
 
 def _rank(tile: Tile, num_subclusters: int) -> Float[Array, "64 keys"]:
@@ -337,41 +336,54 @@ def _collect(
     """
     shape = (gpu.HEIGHT, -(-topk // 8) * 8)
 
+    def slots():
+        return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
     def init():
-        slots = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        return _constant(-jnp.inf, shape), -1 - slots
+        return _constant(-jnp.inf, shape), -1 - slots(), jnp.int32(0)
 
     def visit(tile, carry):
-        def better(ranks, best):  # of equal ranks the earlier ones are there already
-            return jnp.where(ranks > gpu.of_rows(best.min(axis=1), TILE), ranks, -jnp.inf)
-
         def any_left(ranks):
             return ranks.max(axis=1).max() > -jnp.inf
 
-        def insert(state):  # the best of the tile in place of the worst that is there
-            ranks, _, best, index = state
+        def take(ranks):  # the best of a tile
             new = ranks.max(axis=1)
             is_new = ranks == gpu.of_rows(new, TILE)
             position = jnp.where(is_new, tile.position, jnp.int32(2**31 - 1)).min(axis=1)
             ranks = jnp.where(tile.position == gpu.of_rows(position, TILE), -jnp.inf, ranks)
+            return new, position, ranks
+
+        def put(here, new, position, best, index):
+            best = jnp.where(here, gpu.of_rows(new, shape), best)
+            return best, jnp.where(here, gpu.of_rows(position, shape), index)
+
+        def append(state):  # in a slot of its own, as long as there are some
+            ranks, _, best, index, taken = state
+            new, position, ranks = take(ranks)
+            here = (slots() == taken) & gpu.of_rows(new > -jnp.inf, shape)
+            best, index = put(here, new, position, best, index)
+            return ranks, any_left(ranks), best, index, taken + 1
+
+        def replace(state):  # the worst that is there
+            ranks, _, best, index, taken = state
             worst = best.min(axis=1)
+            # Of equal ranks the earlier ones are there already.
+            ranks = jnp.where(ranks > gpu.of_rows(worst, TILE), ranks, -jnp.inf)
+            new, position, ranks = take(ranks)
             is_worst = best == gpu.of_rows(worst, shape)
             last = jnp.where(is_worst, index, jnp.int32(-(2**31))).max(axis=1)
             here = (index == gpu.of_rows(last, shape)) & gpu.of_rows(new > worst, shape)
-            best = jnp.where(here, gpu.of_rows(new, shape), best)
-            index = jnp.where(here, gpu.of_rows(position, shape), index)
-            ranks = better(ranks, best)
-            return ranks, any_left(ranks), best, index
+            best, index = put(here, new, position, best, index)
+            return ranks, any_left(ranks), best, index, taken
 
-        best, index = carry
         ranks = _rank(tile, operands.num_subclusters)
         ranks = jnp.where(ranks >= gpu.of_rows(tile.rows("least", 0), TILE), ranks, -jnp.inf)
-        ranks = better(ranks, best)
-        state = ranks, any_left(ranks), best, index
-        return lax.while_loop(lambda state: state[1], insert, state)[2:]
+        state = ranks, any_left(ranks), *carry
+        state = lax.while_loop(lambda state: state[1] & (state[4] < shape[1]), append, state)
+        return lax.while_loop(lambda state: state[1], replace, state)[2:]
 
     def finish(write, block, carry, _):
-        for output, x in enumerate(carry):
+        for output, x in enumerate(carry[:2]):
             write(output, x, block)
 
     shape_of_lists = ("blocks", "clusters", shape[1])
@@ -511,7 +523,7 @@ def _sweep(
     num_parts = len(operands.centroids)
     num_heads, num_subclusters, num_clusters, head_dim = operands.centroids[0].shape
     num_keys, value_dim = operands.value.shape[1:]
-    tiles = min(TILES, num_keys // KEYS)
+    tiles = gpu.tiles_of_block(num_keys)
     block = tiles * KEYS
     sizes: dict[Any, int] = {"blocks": num_keys // block, "tiles": num_keys // KEYS}
     sizes |= {"clusters": num_clusters, "head_dim": head_dim, "value_dim": value_dim}

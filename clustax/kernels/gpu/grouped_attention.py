@@ -164,17 +164,17 @@ def _attend_backward(residuals, d_rows):
                 rows = products.product(
                     (gpu.WIDTH, topk), Factors(left.at[:, dims].transpose((1, 0)), right)
                 )
-                ref[(*tile.place, dims)] = rows
+                ref[(*tile.place, dims)] = rows.astype(jnp.bfloat16)
         rows = products.product((height, head_dim), Factors(scratch.d_logit, tile.keys.key))
         tile.store(rows, scratch.out, d_query)
 
-    def of_tiles(*shape):
-        return jax.ShapeDtypeStruct((num_heads, num_tiles, *shape), jnp.float32)
+    def of_tiles(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((num_heads, num_tiles, *shape), dtype)
 
     outputs = [
         jax.ShapeDtypeStruct(query.shape, query.dtype),
-        of_tiles(head_dim, topk),
-        of_tiles(value_dim, topk),
+        of_tiles(head_dim, topk, dtype=jnp.bfloat16),
+        of_tiles(value_dim, topk, dtype=jnp.bfloat16),
         of_tiles(topk),
         of_tiles(height),
     ]
@@ -185,11 +185,15 @@ def _attend_backward(residuals, d_rows):
         name, work, residuals, outputs, d_rows
     )
     d_tail_mean, d_tail_lse = d_tail or (None, None)
-    # A product with this, unlike indexing, sums up in one order.
-    indicator = jax.nn.one_hot(cluster, keys.key.shape[1], dtype=jnp.float32)
 
     def of_clusters(x):  # G L … -> G C …
-        return jnp.einsum("glc,gl...->gc...", indicator, x, precision=lax.Precision.HIGHEST)
+        # A product with this, unlike indexing, sums up in one order.
+        indicator = jax.nn.one_hot(cluster, keys.key.shape[1], dtype=jnp.float32)
+        # What was bfloat16 keeps all bits in the matrix unit's float32.
+        exact = x.dtype == jnp.bfloat16
+        precision = lax.Precision.DEFAULT if exact else lax.Precision.HIGHEST
+        x = x.astype(jnp.float32)
+        return jnp.einsum("glc,gl...->gc...", indicator, x, precision=precision)
 
     d_keys = Keys(
         jnp.swapaxes(of_clusters(d_key), 2, 3).astype(keys.key.dtype),

@@ -3,10 +3,13 @@
 Points and centroids come in parts in bfloat16: codes of ±1 have one, which is exact; float32 has
 two, whose three leading products decide as float32 would but for ties. So both metrics are matrix
 products: distances are products of points and centroids, sums are products of an indicator of the
-assignment and points. Neither distances nor indicators reach global memory.
+assignment and points. Neither distances nor indicators reach global memory. Distances between
+logits need no other points than queries: the covariance of the keys is multiplied to centroids.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,6 @@ from clustax.kernels.gpu import products
 from clustax.kernels.gpu.products import Factors
 
 SLOTS = 2  # tiles of points in flight
-TILES = 16  # of a block
 MAX_CLUSTERS, MAX_WIDTH = 128, 128  # sums of all clusters stay in registers
 
 
@@ -55,40 +57,60 @@ def hamming(
     points = 2 * bits.astype(jnp.bfloat16) - 1  # G T bits
 
     def encode(sums, _):
-        return jnp.where(sums > 0, 1, -1).astype(jnp.bfloat16)
+        return jnp.where(sums > 0, 1.0, -1.0)
 
     def expand(centroids):  # the distance is (bits - x·c) / 2
         offset = jnp.full(centroids.shape[:2], num_bits / 2, jnp.float32)
-        return [-centroids / 2], offset
+        return [(-centroids / 2).astype(jnp.bfloat16)], offset
 
-    return _lloyd(points, [points], jnp.float32(0), start, valid, encode, expand, num_iterations)
+    points, norms = _counted(points, valid), jnp.float32(0)
+    return _lloyd(points, [points], norms, start, valid, encode, expand, num_iterations)
 
 
 def euclidean(
     points: Float[Array, "G T H"],
     start: Int[Array, "G C"],
     valid: Bool[Array, "G T"],
+    covariance: Float[Array, "G H H"] | None = None,
     *,
     num_iterations: int,
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
-    """``clustax.kmeans.euclidean`` of all heads at once."""
+    """``clustax.kmeans.euclidean`` of all heads at once.
 
-    def mean(sums, counts):
+    With a covariance M the squared distance of x and y is (x - y)ᵀ M (x - y), and points come in
+    bfloat16.
+    """
+    points = _counted(points, valid)
+
+    def means(sums, counts):
         return sums / jnp.maximum(counts, 1)[..., None]
 
-    def expand(centroids):  # the distance is |c|² - 2 x·c + |x|²
-        return bfloat16_parts(-2 * centroids), jnp.sum(centroids**2, axis=-1)
+    if covariance is None:
 
-    norms = jnp.sum(points**2, axis=-1)
-    parts = bfloat16_parts(points)
-    return _lloyd(points, parts, norms, start, valid, mean, expand, num_iterations)
+        def expand(centroids):  # the distance is |c|² - 2 x·c + |x|²
+            return bfloat16_parts(-2 * centroids), jnp.sum(centroids**2, axis=-1)
+
+        parts, norms = bfloat16_parts(points), jnp.sum(points**2, axis=-1)
+    else:
+        product = partial(jnp.einsum, "ghi,gci->gch", precision=lax.Precision.HIGHEST)
+        # From their mean m on, points and centroids have less to lose to rounding.
+        mean = means(jnp.sum(points, axis=1, dtype=jnp.float32), valid.sum(axis=-1))[:, None]
+        slope = product(covariance, mean)  # M m
+
+        def expand(centroids):  # (c - m)ᵀ M (c - m) - 2 (x - m)ᵀ M (c - m) + (x - m)ᵀ M (x - m)
+            moved = product(covariance, centroids - mean)
+            return bfloat16_parts(-2 * moved), jnp.sum((centroids + mean) * moved, axis=-1)
+
+        parts = [points]
+        norms = _norms(points, covariance, 2 * slope[:, 0]) + jnp.sum(mean * slope, axis=-1)
+    return _lloyd(points, parts, norms, start, valid, means, expand, num_iterations)
 
 
 def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterations):
     """Lloyd's algorithm, as in ``clustax.kmeans``.
 
     Args:
-      points: points, or codes of ±1.
+      points: points, or codes of ±1; those that do not count are zero, and add nothing to sums.
       parts: what the kernel takes for them.
       norms: what the distances of the kernel lack.
       start: positions of the points that start the centroids.
@@ -99,9 +121,7 @@ def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterati
     """
     num_clusters, length = start.shape[1], points.shape[1]
     ids = jnp.arange(num_clusters)
-    # Points that do not count are zero, and so add nothing.
-    parts = [jnp.where(valid[..., None], part, 0) for part in parts]
-    tiles = min(TILES, -(-length // gpu.HEIGHT))
+    tiles = gpu.tiles_of_block(length)
     parts = [_aligned(part, tiles * gpu.HEIGHT) for part in parts]
 
     def assign(centroids, sums):
@@ -122,8 +142,13 @@ def _lloyd(points, parts, norms, start, valid, centroids_of, expand, num_iterati
         reseeded = jnp.where(distance[..., None] >= 0, _rows(points, index), centroids)
         return jnp.where(counts[..., None] > 0, centroids_of(sums, counts), reseeded)
 
-    centroids = lax.fori_loop(0, num_iterations - 1, step, _rows(points, start))
+    start_at = _rows(points, start).astype(jnp.float32)
+    centroids = lax.fori_loop(0, num_iterations - 1, step, start_at)
     return assign(centroids, False)[:2]
+
+
+def _counted(points: Float[Array, "G T H"], valid: Bool[Array, "G T"]) -> Float[Array, "G T H"]:
+    return jnp.where(valid[..., None], points, 0)
 
 
 def _rows(x: Float[Array, "G T H"], index: Int[Array, "G C"]) -> Float[Array, "G C H"]:
@@ -158,27 +183,17 @@ def _assign(
         head, number = lax.axis_index("head"), lax.axis_index("block")
 
         def work(total, point, centroid, offset, ids, member, index, distance, loaded, ready):
-            def load(i):
-                rows, slot = pl.ds(number * block + i * tile, tile), lax.rem(i, jnp.int32(SLOTS))
-                for part, ref in enumerate(point_refs):
-                    to = point.at[slot, part]
-                    plgpu.copy_gmem_to_smem(ref.at[head, rows], to, loaded.at[slot])
-
-            for i in range(min(SLOTS, tiles)):
-                load(jnp.int32(i))
             for part, ref in enumerate(centroid_refs):
                 plgpu.copy_gmem_to_smem(ref.at[head], centroid.at[part], ready)
             plgpu.copy_gmem_to_smem(offset_ref.at[head], offset, ready)
             plgpu.copy_gmem_to_smem(ids_ref, ids, ready)
-            plgpu.barrier_wait(ready)
 
-            @pl.loop(0, tiles)
-            def _(i):
-                slot = lax.rem(i, jnp.int32(SLOTS))
-                plgpu.barrier_wait(loaded.at[slot])
-
+            @_stream(
+                [ref.at[head] for ref in point_refs], number * tiles, tiles, point, loaded, ready
+            )
+            def _(i, tile_parts):
                 factors = [
-                    Factors(point.at[slot, p], centroid.at[c].transpose((1, 0)))
+                    Factors(tile_parts.at[p], centroid.at[c].transpose((1, 0)))
                     for p in range(len(points))
                     for c in range(min(len(centroids), order - p))
                 ]
@@ -196,13 +211,9 @@ def _assign(
                 plgpu.commit_smem()
                 if sums:
                     left = member.transpose((1, 0))
-                    factors = [Factors(left, point.at[slot, p]) for p in range(len(points))]
+                    factors = [Factors(left, tile_parts.at[p]) for p in range(len(points))]
                     products.add(total, *factors, anew=i == 0)
                     plgpu.commit_smem()  # all are done with what is loaded anew
-
-                @pl.when(i + SLOTS < tiles)
-                def _():
-                    load(i + SLOTS)
 
             rows = pl.ds(number * block, block)
             plgpu.copy_smem_to_gmem(index, index_ref.at[head, rows])
@@ -238,3 +249,90 @@ def _assign(
     operands = [*points, *centroids, offset, jnp.arange(num_clusters, dtype=jnp.int32)]
     grid = {"head": num_heads, "block": blocks}
     return gpu.launch("assign", body, operands, outputs, grid)
+
+
+def _norms(
+    points: BFloat16[Array, "G T H"],
+    matrix: Float[Array, "G H H"],
+    slope: Float[Array, "G H"],
+) -> Float[Array, "G T"]:
+    """For each point x the product of x with ``matrix`` times x less ``slope``."""
+    num_heads, length, _ = points.shape
+    tiles = gpu.tiles_of_block(length)
+    block = tiles * gpu.HEIGHT
+    points = _aligned(points, block)
+    parts = [_aligned(part, gpu.WIDTH) for part in bfloat16_parts(matrix)]
+    width = points.shape[-1]
+
+    def body(point_ref, *refs):
+        part_refs, (slope_ref, norm_ref) = refs[: len(parts)], refs[len(parts) :]
+        head, number = lax.axis_index("head"), lax.axis_index("block")
+
+        def work(point, part, slope, norm, loaded, ready):
+            for number_of_part, ref in enumerate(part_refs):
+                plgpu.copy_gmem_to_smem(ref.at[head], part.at[number_of_part], ready)
+            plgpu.copy_gmem_to_smem(slope_ref.at[head], slope, ready)
+
+            @_stream([point_ref.at[head]], number * tiles, tiles, point, loaded, ready)
+            def _(i, tile_parts):
+                own, shape = tile_parts.at[0], (gpu.HEIGHT, width)
+                factors = [Factors(own, part.at[p]) for p in range(len(parts))]
+                moved = products.product(shape, *factors) - gpu.of_columns(slope, shape)
+                rows = gpu.load(own, plgpu.Layout.WGMMA).astype(jnp.float32)
+                norm[pl.ds(i * gpu.HEIGHT, gpu.HEIGHT)] = (rows * moved).sum(axis=1)
+                plgpu.commit_smem()
+
+            plgpu.copy_smem_to_gmem(norm, norm_ref.at[head, pl.ds(number * block, block)])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(
+            work,
+            point=products.matrices(SLOTS, 1, gpu.HEIGHT, width),
+            part=products.matrices(len(parts), width, width),
+            slope=plgpu.SMEM((width,), jnp.float32),
+            norm=plgpu.SMEM((block,), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
+            ready=plgpu.Barrier(num_arrivals=len(parts) + 1),
+        )
+
+    output = jax.ShapeDtypeStruct(points.shape[:2], jnp.float32)
+    operands = [points, *parts, gpu.pad(slope, 1, gpu.WIDTH)]
+    grid = {"head": num_heads, "block": points.shape[1] // block}
+    return gpu.launch("norms", body, operands, [output], grid)[0][:, :length]
+
+
+def _stream(
+    refs: list[Any], first: Array, tiles: int, memory: Any, loaded: Any, ready: Any
+) -> Callable[[Callable[[Array, Any], None]], None]:
+    """Shows what is decorated the tiles of points from a number on, in shared memory.
+
+    Args:
+      refs: parts of the points, in global memory.
+      first: number of the first tile.
+      tiles: how many.
+      memory: for ``SLOTS`` tiles of all parts.
+      loaded: a barrier for each of these.
+      ready: a barrier to wait at before the first tile is shown.
+    """
+
+    def load(i):
+        rows, slot = pl.ds((first + i) * gpu.HEIGHT, gpu.HEIGHT), lax.rem(i, jnp.int32(SLOTS))
+        for part, ref in enumerate(refs):
+            plgpu.copy_gmem_to_smem(ref.at[rows], memory.at[slot, part], loaded.at[slot])
+
+    def show(visit):
+        for i in range(min(SLOTS, tiles)):
+            load(jnp.int32(i))
+        plgpu.barrier_wait(ready)
+
+        @pl.loop(0, tiles)
+        def _(i):
+            slot = lax.rem(i, jnp.int32(SLOTS))
+            plgpu.barrier_wait(loaded.at[slot])
+            visit(i, memory.at[slot])
+
+            @pl.when(i + SLOTS < tiles)
+            def _():
+                load(i + SLOTS)
+
+    return show
