@@ -33,7 +33,8 @@ def choose(
     The Pallas kernels are for TPUs and for Hopper and Blackwell GPUs: for those of
     ``jax.default_backend()``, or for those that a program is compiled for ahead of time, under
     ``jax.sharding.use_abstract_mesh`` with an abstract device. Elsewhere they are only interpreted,
-    under :data:`clustax.kernels.interpret`. Those for GPUs have to be asked for.
+    under :data:`clustax.kernels.interpret`. Those for Blackwell have to be asked for: they never ran
+    on one.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.
@@ -87,6 +88,6 @@ def _refusal(unfit: Callable[[], str | None], is_asked: bool) -> str | None:
             "its kernels are for TPUs, and from JAX 0.11 on for Hopper and Blackwell GPUs, "
             f"not for this device under JAX {jax.__version__}"
         )
-    if device in kernels.GPUS and not is_asked:
-        return "its kernels for GPUs have to be asked for, until more of them is measured"
+    if device == "blackwell" and not is_asked:
+        return "its kernels for Blackwell GPUs have to be asked for: they never ran on one"
     return unfit()

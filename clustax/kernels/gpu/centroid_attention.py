@@ -15,7 +15,7 @@ pass has more sweeps: with sub-clusters, the mean slope of the weights of each; 
 centroids; and those of keys and values, for which a block has 64 keys and goes over all clusters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,9 +82,9 @@ class Gradient(NamedTuple):
 class Tile(NamedTuple):
     """What a sweep sees of a tile of keys."""
 
-    logits: Callable[[Any], Float[Array, "64 keys"]]  # of sub-cluster r of 64 clusters
-    rows: Callable[[str, Any], Array]  # what belongs to the clusters, of sub-cluster r
-    slopes: Callable[[], Float[Array, "64 keys"]]  # products of values and what clusters have
+    logits: Callable[[], Iterator[Float[Array, "64 keys"]]]  # of each sub-cluster of 64 clusters
+    rows: Mapping[str, Sequence[Array]]  # what belongs to the clusters, of each sub-cluster
+    with_slopes: Callable[[], Sequence[Float[Array, "64 keys"]]]  # logits where R = 1; slopes
     outside: Callable[..., Float[Array, "64 keys"]]  # its argument, or another number at top keys
     position: Int[Array, "64 keys"]  # of each key
     number: Int[Array, ""]  # of the tile
@@ -129,6 +129,7 @@ def centroid_attention(
         None if addend is None else gpu.pad(addend, 1, block, -jnp.inf),
         None if share is None else of_subclusters(share),
         topk,
+        num_clusters,
         num_keys,
     )
     index, mean, lse = attended
@@ -139,7 +140,7 @@ def centroid_attention(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attend(
     centroids: Float[Array, "G R C H"],  # scaled
     key: BFloat16[Array, "J S H"],
@@ -147,26 +148,27 @@ def _attend(
     addend: Float[Array, "G S"] | None,
     share: Float[Array, "G R C"] | None,
     topk: int,
-    num_keys: int,  # others are padding
+    num_clusters: int,  # others are padding
+    num_keys: int,  # likewise
 ) -> tuple[Int[Array, "G C k"], Float[Array, "G C V"], Float[Array, "G R C"]]:
     """The same of padded arrays."""
-    return _attend_forward(centroids, key, value, addend, share, topk, num_keys)[0]
+    return _attend_forward(centroids, key, value, addend, share, topk, num_clusters, num_keys)[0]
 
 
-def _attend_forward(centroids, key, value, addend, share, topk, num_keys):
-    num_heads, num_subclusters, num_clusters, _ = centroids.shape
+def _attend_forward(centroids, key, value, addend, share, topk, num_clusters, num_keys):
+    num_heads, num_subclusters, padded_clusters, _ = centroids.shape
     bias = addend
     if addend is None:
         bias = jnp.where(jnp.arange(key.shape[1]) < num_keys, 0.0, -jnp.inf)[None]
     operands = Operands(bfloat16_parts(centroids), key, value, bias, None)
     shares = 1.0 if share is None else share
-    index = jnp.zeros((num_heads, num_clusters, 0), jnp.int32)
+    index = jnp.zeros((num_heads, padded_clusters, 0), jnp.int32)
     if topk:
         ranking = None
         if num_subclusters > 1:
             shift, total = _log_sum_exp(operands)
             ranking = Softmax(shift, shares / total)
-        index = _select(operands, ranking, topk)
+        index = _select(operands, ranking, topk, num_clusters)
         operands = operands._replace(top=_bits(index, key.shape[1]))
     shift, total = _log_sum_exp(operands)
     softmax = Softmax(shift, shares / total)
@@ -175,8 +177,8 @@ def _attend_forward(centroids, key, value, addend, share, topk, num_keys):
     return out, (operands, addend is not None, share, mean, Softmax(shift, 1 / total))
 
 
-def _attend_backward(topk, num_keys, residuals, gradients):
-    del topk, num_keys
+def _attend_backward(topk, num_clusters, num_keys, residuals, gradients):
+    del topk, num_clusters, num_keys
     operands, has_addend, share, mean, softmax = residuals
     _, d_mean, d_lse = gradients
     # What the products of the kernels see.
@@ -207,39 +209,42 @@ def _bits(index: Int[Array, "G C k"], num_keys: int) -> Int[Array, "G tiles 2 C"
     return words.reshape(num_heads, -1, KEYS // WORD, num_clusters)
 
 
-def _select(operands: Operands, ranking: Softmax | None, topk: int) -> Int[Array, "G C k"]:
-    """The top-k keys of each cluster, in order."""
+def _select(
+    operands: Operands, ranking: Softmax | None, topk: int, num_clusters: int
+) -> Int[Array, "G C k"]:
+    """The top-k keys of each cluster, in order; any keys where clusters are padding."""
     most = jnp.swapaxes(_maxima(operands, ranking), 1, 2)  # G C tiles
     if most.shape[-1] < topk:
         least = jnp.full(most.shape[:2], LOWEST)
     else:
         least = lax.top_k(most, topk)[0][..., -1]
-    # G blocks C list
-    ranks, index = _collect(operands, ranking, jnp.maximum(least, LOWEST)[:, None], topk)
+    # All keys are alike to padding: it would be long about it if any reached the bound.
+    is_cluster = jnp.arange(least.shape[1]) < num_clusters
+    least = jnp.where(is_cluster, jnp.maximum(least, LOWEST), jnp.inf)[:, None]
+    ranks, index = _collect(operands, ranking, least, topk)  # G blocks C list
 
     def of_cluster(x):
         return jnp.swapaxes(x, 1, 2).reshape(*most.shape[:2], -1)
 
     ordered = lax.sort((-of_cluster(ranks), of_cluster(index)), num_keys=2, is_stable=False)
-    return ordered[1][..., :topk]
+    return jnp.maximum(ordered[1][..., :topk], 0)
 
 
 def _rank(tile: Tile, num_subclusters: int) -> Float[Array, "64 keys"]:
     """What the top-k keys have most of: logits, or the mean weight of sub-clusters."""
     if num_subclusters == 1:
-        return tile.logits(0)
-    return _weights(tile, num_subclusters, "rank")
+        return next(tile.logits())
+    return _weights(tile, "rank")
 
 
-def _weights(tile: Tile, num_subclusters: int, softmax: str) -> Float[Array, "64 keys"]:
+def _weights(tile: Tile, softmax: str) -> Float[Array, "64 keys"]:
     """The sum over sub-clusters of their weights."""
-
-    def add(r, total):
-        shift, factor = (tile.rows(f"{softmax}_{name}", r) for name in Softmax._fields)
-        weights = jnp.exp(tile.logits(r) - gpu.of_rows(shift, TILE))
-        return total + gpu.of_rows(factor, TILE) * weights
-
-    return lax.fori_loop(0, num_subclusters, add, _constant(0.0, TILE))
+    total = _constant(0.0, TILE)
+    of_subclusters = (tile.rows[f"{softmax}_{name}"] for name in Softmax._fields)
+    for logits, shift, factor in zip(tile.logits(), *of_subclusters, strict=True):
+        weights = jnp.exp(logits - gpu.of_rows(shift, TILE))
+        total += gpu.of_rows(factor, TILE) * weights
+    return total
 
 
 def _constant(value: float, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -271,23 +276,13 @@ def _log_sum_exp(
         return ((_constant(LOWEST, height), _constant(0.0, height)),) * num_subclusters
 
     def visit(tile, carry):
-        def add(r, carry):
-            here = plgpu.layout_cast(jnp.full(gpu.HEIGHT, r, jnp.int32), gpu.ROWS)
-            shift, total = carry[0]
-            for other, (of_shift, of_total) in enumerate(carry[1:], start=1):
-                shift = jnp.where(here == other, of_shift, shift)
-                total = jnp.where(here == other, of_total, total)
-            logits = tile.outside(tile.logits(r), -jnp.inf)
+        def add(logits, shift, total):
+            logits = tile.outside(logits, -jnp.inf)
             new = jnp.maximum(shift, logits.max(axis=1))
             weights = jnp.exp(logits - gpu.of_rows(new, TILE))
-            total = total * jnp.exp(shift - new) + weights.sum(axis=1)
-            return tuple(
-                (jnp.where(here == other, new, of_shift), jnp.where(here == other, total, of_total))
-                for other, (of_shift, of_total) in enumerate(carry)
-            )
+            return new, total * jnp.exp(shift - new) + weights.sum(axis=1)
 
-        # Not unrolled: the logits of several sub-clusters at a time would not fit registers.
-        return lax.fori_loop(0, num_subclusters, add, carry)
+        return tuple(add(x, *of_x) for x, of_x in zip(tile.logits(), carry, strict=True))
 
     def finish(write, block, carry, _):
         for r, (shift, total) in enumerate(carry):
@@ -377,7 +372,7 @@ def _collect(
             return ranks, any_left(ranks), best, index, taken
 
         ranks = _rank(tile, operands.num_subclusters)
-        ranks = jnp.where(ranks >= gpu.of_rows(tile.rows("least", 0), TILE), ranks, -jnp.inf)
+        ranks = jnp.where(ranks >= gpu.of_rows(tile.rows["least"][0], TILE), ranks, -jnp.inf)
         state = ranks, any_left(ranks), *carry
         state = lax.while_loop(lambda state: state[1] & (state[4] < shape[1]), append, state)
         return lax.while_loop(lambda state: state[1], replace, state)[2:]
@@ -402,8 +397,7 @@ def _average(operands: Operands, softmax: Softmax) -> Float[Array, "G C V"]:
     """The sum of the values of keys that are not top, times their weights."""
 
     def visit(tile, carry):
-        weights = _weights(tile, operands.num_subclusters, "tail")
-        tile.weigh(tile.outside(weights, 0.0))
+        tile.weigh(tile.outside(_weights(tile, "tail"), 0.0))
         return carry
 
     def finish(write, block, _, total):
@@ -440,8 +434,10 @@ def _mean_slopes(
         return _constant(0.0, (gpu.HEIGHT,))
 
     def visit(tile, total):
-        weights = tile.outside(_weights(tile, 1, "tail"), 0.0)
-        return total + (weights * tile.slopes()).sum(axis=1)
+        logits, slopes = tile.with_slopes()
+        shift, factor = (gpu.of_rows(tile.rows[f"tail_{x}"][0], TILE) for x in Softmax._fields)
+        weights = tile.outside(factor * jnp.exp(logits - shift), 0.0)
+        return total + (weights * slopes).sum(axis=1)
 
     def finish(write, block, total, _):
         write(0, total, block)
@@ -470,10 +466,11 @@ def _centroid_gradients(
 
     def visit(tile, carry):
         shift, gain, loss = (
-            gpu.of_rows(tile.rows(f"of_{name}", 0), TILE) for name in Gradient._fields
+            gpu.of_rows(tile.rows[f"of_{name}"][0], TILE) for name in Gradient._fields
         )
-        weights = tile.outside(jnp.exp(tile.logits(0) - shift), 0.0)
-        tile.weigh(weights * (gain * tile.slopes() - loss))
+        logits, slopes = tile.with_slopes()
+        weights = tile.outside(jnp.exp(logits - shift), 0.0)
+        tile.weigh(weights * (gain * slopes - loss))
         return carry
 
     def finish(write, block, _, total):
@@ -518,7 +515,7 @@ def _sweep(
       finish: gets a function that writes, the block, the last carry, and what was weighed.
       init: makes the first carry.
       weighed: "key" or "value": what ``Tile.weigh`` takes.
-      slope: what clusters have for ``Tile.slopes``.
+      slope: what clusters have for ``Tile.with_slopes``; its products with values are the slopes.
     """
     num_parts = len(operands.centroids)
     num_heads, num_subclusters, num_clusters, head_dim = operands.centroids[0].shape
@@ -538,9 +535,11 @@ def _sweep(
         words = (SLOTS, KEYS // WORD, gpu.HEIGHT)
         buffers["top"] = (operands.top, plgpu.SMEM(words, jnp.int32))
     slopes = [] if slope is None else [slope]
-    arrays = [*operands.centroids, *(x for x, _ in buffers.values()), *slopes, *rows.values()]
+    unknown_zero = jnp.zeros(1, jnp.int32)  # to the compiler of the kernel
+    arrays = [unknown_zero, *operands.centroids, *(x for x, _ in buffers.values())]
+    arrays += [*slopes, *rows.values()]
 
-    def body(*refs):
+    def body(zero_ref, *refs):
         centroid_refs, refs = refs[:num_parts], refs[num_parts:]
         tiled_refs, refs = dict(zip(buffers, refs, strict=False)), refs[len(buffers) :]
         slope_refs, refs = refs[: len(slopes)], refs[len(slopes) :]
@@ -573,6 +572,10 @@ def _sweep(
                     plgpu.copy_gmem_to_smem(ref.at[head, r, clusters], to, ready)
             for ref in slope_refs:
                 plgpu.copy_gmem_to_smem(own(ref).at[clusters], slope, ready)
+            own_rows = {
+                name: [gpu.load_rows(ref.at[head, r, clusters]) for r in range(ref.shape[1])]
+                for name, ref in row_refs.items()
+            }
             plgpu.barrier_wait(ready)
             column = plgpu.broadcasted_iota(jnp.int32, TILE, 1, layout=plgpu.Layout.WGMMA)
 
@@ -580,11 +583,26 @@ def _sweep(
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
 
-                def logits(r):
+                # Or else what the matrix unit is told of all sub-clusters, the same for every
+                # tile, would stay in registers, and others would spill.
+                zero = zero_ref[0]
+
+                def of_logits(r):
                     right = tiled["key"].at[slot].transpose((1, 0))
-                    factors = [Factors(centroid.at[p, r], right) for p in range(num_parts)]
-                    logits = products.product(TILE, *factors)
-                    return logits + gpu.of_columns(tiled["addend"].at[slot], TILE)
+                    return [Factors(centroid.at[p, zero + r], right) for p in range(num_parts)]
+
+                def plus_addend(x):
+                    return x + gpu.of_columns(tiled["addend"].at[slot], TILE)
+
+                def logits():
+                    for first in range(0, num_subclusters, products.at_once()):
+                        some = range(num_subclusters)[first : first + products.at_once()]
+                        yield from map(plus_addend, products.each(TILE, *map(of_logits, some)))
+
+                def with_slopes():
+                    of_slopes = Factors(slope, tiled["value"].at[slot].transpose((1, 0)))
+                    logits, slopes = products.each(TILE, of_logits(0), [of_slopes])
+                    return plus_addend(logits), slopes
 
                 def weigh(weights):
                     weight[...] = weights.astype(jnp.bfloat16)
@@ -599,10 +617,8 @@ def _sweep(
 
                 tile = Tile(
                     logits=logits,
-                    rows=lambda name, r: gpu.load_rows(row_refs[name].at[head, r, clusters]),
-                    slopes=lambda: products.product(
-                        TILE, Factors(slope, tiled["value"].at[slot].transpose((1, 0)))
-                    ),
+                    rows=own_rows,
+                    with_slopes=with_slopes,
                     outside=outside,
                     position=column + (number * block + i * KEYS),
                     number=number * tiles + i,
@@ -711,19 +727,21 @@ def _key_gradients(
                 plgpu.barrier_wait(loaded.at[slot])
                 *centroid, own_slope, own = (x.at[slot] for x in clusters[: num_parts + 2])
                 shift, gain, loss = (gpu.of_columns(own.at[n], tile) for n in range(3))
-                factors = [Factors(key, part.transpose((1, 0))) for part in centroid]
-                logits = products.product(tile, *factors) + gpu.of_rows(addend, tile)
-                weights = jnp.exp(logits - shift)
+                logits, slopes = products.each(
+                    tile,
+                    [Factors(key, part.transpose((1, 0))) for part in centroid],
+                    [Factors(value, own_slope.transpose((1, 0)))],
+                )
+                weights = jnp.exp(logits + gpu.of_rows(addend, tile) - shift)
                 if top:
                     words = [gpu.of_columns(clusters[-1].at[slot, n], tile) for n in range(2)]
                     weights = _outside(weights, 0.0, words, row)
-                slopes = products.product(tile, Factors(value, own_slope.transpose((1, 0))))
                 gradients = weights * (gain * slopes - loss)
                 weight[...] = (weights * gain).astype(jnp.bfloat16)
                 d_logit[...] = gradients.astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                products.add(d_value, Factors(weight, own_slope), anew=i == 0)
-                products.add(d_key, Factors(d_logit, centroid[0]), anew=i == 0)
+                factors = [Factors(weight, own_slope)], [Factors(d_logit, centroid[0])]
+                products.add_each([d_value, d_key], factors, anew=i == 0)
                 plgpu.commit_smem()  # all are done with what is loaded anew
 
                 @pl.when(i + SLOTS < group * steps)

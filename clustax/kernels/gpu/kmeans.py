@@ -192,8 +192,9 @@ def _assign(
                 [ref.at[head] for ref in point_refs], number * tiles, tiles, point, loaded, ready
             )
             def _(i, tile_parts):
+                zero = ids_ref[0]  # see centroid_attention
                 factors = [
-                    Factors(tile_parts.at[p], centroid.at[c].transpose((1, 0)))
+                    Factors(tile_parts.at[p], centroid.at[zero + c].transpose((1, 0)))
                     for p in range(len(points))
                     for c in range(min(len(centroids), order - p))
                 ]

@@ -6,6 +6,7 @@ barrier when it is done. Both take operands of bfloat16 from shared memory, and 
 both make come in the same layout of registers: so this is all that bodies of kernels leave open.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -47,29 +48,55 @@ def product(
     return pl.run_scoped(multiply, accumulator(shape))
 
 
+def each(shape: tuple[int, int], *sums_of: Sequence[Factors]) -> list[Float[Array, "n l"]]:
+    """Several sums of products, all under way before the first is waited for, in registers."""
+
+    def multiply(*sums):
+        add_each(sums, sums_of, anew=True)
+        return [read(each) for each in sums]
+
+    return pl.run_scoped(multiply, *(accumulator(shape) for _ in sums_of))
+
+
+def at_once() -> int:
+    """How many products should be under way."""
+    # Blocks of a multiprocessor share the memory that Blackwell's sums are in.
+    return 1 if _is_blackwell() else 4
+
+
 def accumulator(shape: tuple[int, int]) -> Any:
     """What holds sums of products, for ``pl.run_scoped``: 64 or 128 rows."""
     return plgpu.TMEM(shape, jnp.float32) if _is_blackwell() else plgpu.WGMMAAccumulatorRef(shape)
 
 
 def add(sums: Any, *factors: Factors, anew: Any = False) -> None:
-    """Adds products, and waits until they are there.
+    """Adds products to an accumulator, and waits until they are there; see ``add_each``."""
+    add_each([sums], [factors], anew)
+
+
+def add_each(
+    all_sums: Sequence[Any], sums_of: Sequence[Sequence[Factors]], anew: Any = False
+) -> None:
+    """Adds products to each of several accumulators, and waits until all are there.
 
     Args:
-      sums: the accumulator.
-      factors: those of each product.
-      anew: whether what is in the accumulator does not count, as nothing was added before.
+      all_sums: the accumulators.
+      sums_of: the factors of each product, for each accumulator.
+      anew: whether what is in the accumulators does not count, as nothing was added before.
     """
+    pairs = list(zip(all_sums, sums_of, strict=True))
     if not _is_blackwell():  # its accumulators start at zero
-        for left, right in factors:
-            plgpu.wgmma(sums, left, right)
+        for sums, factors in pairs:
+            for left, right in factors:
+                plgpu.wgmma(sums, left, right)
         plgpu.wgmma_wait(0)
         return
 
     def multiply(done):
-        for number, (left, right) in enumerate(factors):
-            keeps = True if number else jnp.logical_not(anew)
-            plgpu.tcgen05_mma(sums, left, right, accumulate=keeps)
+        for sums, factors in pairs:
+            for number, (left, right) in enumerate(factors):
+                keeps = True if number else jnp.logical_not(anew)
+                plgpu.tcgen05_mma(sums, left, right, accumulate=keeps)
         plgpu.tcgen05_commit_arrive(done)
         plgpu.barrier_wait(done)
 
