@@ -276,8 +276,9 @@ def make_table(settings: Settings, rows: list[Row], measured: str) -> Table:
     return table
 
 
-def draw(settings: Settings, rows: list[Row]) -> Figure:
+def draw(rows: list[Row]) -> Figure:
     """Draws time against length."""
+    lengths = sorted({row.length for row in rows})
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained", sharey=True)
     for axes, measured in zip(panels, PASSES, strict=True):
         for name in dict.fromkeys(row.attention for row in rows):
@@ -286,7 +287,7 @@ def draw(settings: Settings, rows: list[Row]) -> Figure:
             medians = [1000 * row.times.median for row in mine]
             axes.plot([row.length for row in mine], medians, style, marker="o", label=name)
         axes.set(title=measured, xlabel="sequence length T", xscale="log", yscale="log")
-        axes.set_xticks(settings.lengths, [str(length) for length in settings.lengths])
+        axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("milliseconds")
@@ -322,7 +323,7 @@ def make_record(
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Checks, measures, prints, writes the results."""
+    """Checks and measures, writes the results after each length, prints them."""
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"On {jax.devices()[0].device_kind}: {', '.join(implementations())}")
     checks = check(settings)
@@ -340,6 +341,9 @@ def run(settings: Settings, console: Console) -> None:
             rows += measure(settings, found, arrays, lambda task=task: progress.advance(task))
             if length == settings.profiled:
                 parts = profile(found, arrays)
+            # Compiling takes minutes: what was measured is kept, whatever becomes of the rest.
+            record = make_record(settings, rows, checks, parts)
+            shared.write_results(settings.output, record, draw(rows), Console(quiet=True))
     for measured in PASSES:
         console.print(make_table(settings, rows, measured))
     for name, passes in parts.items():
@@ -348,8 +352,7 @@ def run(settings: Settings, console: Console) -> None:
             console.print(f"{name} at T = {settings.profiled}, {measured}: {total:.0f} µs")
             for part, microseconds in list(times.items())[:16]:
                 console.print(f"{microseconds:9.1f} µs  {part[:80]}")
-    record = make_record(settings, rows, checks, parts)
-    shared.write_results(settings.output, record, draw(settings, rows), console)
+    console.print(f"Wrote {settings.output}.json and .png")
 
 
 def main() -> None:

@@ -430,7 +430,36 @@ def squad(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{caption}"
 
 
+def accelerator(record: Mapping[str, Any]) -> str:
+    """The table of experiments.accelerator, one for each pass."""
+    parts = []
+    for measured in dict.fromkeys(row["measured"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["measured"] == measured]
+        lengths = sorted({row["length"] for row in rows})
+        medians = {(row["attention"], row["length"]): row for row in rows}
+
+        def cell(row: Mapping[str, Any]) -> str:
+            seconds, exact = row["median_seconds"], row["fastest_exact_seconds"]
+            faster = f" ({exact / seconds:.2g}×)" if exact and exact != seconds else ""
+            return f"{1000 * seconds:.2f}{faster}"
+
+        table = [
+            (name, *(cell(medians[name, length]) for length in lengths))
+            for name in dict.fromkeys(row["attention"] for row in rows)
+        ]
+        parts.append(markdown_table((measured, *map(str, lengths)), table))
+    settings, jax = record["settings"], record["versions"]["jax"]
+    parts.append(
+        f"Milliseconds (and how many times faster than exact attention) of {settings['batch']} × "
+        f"{settings['heads']} heads × {settings['head_dim']}, bfloat16, "
+        f"C = {settings['clusters']}, k = {settings['topk']}; medians on {record['device']}, "
+        f"jax {jax}."
+    )
+    return "\n\n".join(parts)
+
+
 SECTIONS = {
+    "accelerator/h200": accelerator,
     "aot/jax-0.10": aot,
     "asr_ctc/results": asr_ctc,
     "breakdown": breakdown,

@@ -315,6 +315,19 @@ def test_tiles_hold_each_query_once_with_its_cluster(num_clusters):
     assert (tiles.slot[assignment == num_clusters] >= slots.size).all()
 
 
+def test_counting_finds_the_places_that_sorting_does():
+    assignment = np.random.default_rng(9).integers(6, size=1000, dtype=np.int32)
+    counts = np.bincount(assignment, minlength=6)[:5]
+    starts = jnp.asarray(np.cumsum(counts) - counts, jnp.int32)
+    places = [
+        np.asarray(find(jnp.asarray(assignment), starts))
+        for find in (xla._places_by_sorting, xla._places_by_counting)
+    ]
+    for cluster in range(5):
+        for found in places:
+            np.testing.assert_array_equal(found[assignment == cluster], np.arange(counts[cluster]))
+
+
 @pytest.mark.once
 def test_clusters_are_attended_to_in_blocks(monkeypatch):
     """Where one head needs more memory than a CPU should touch at once."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import clustax
 from clustax import kernels, kmeans, lsh
-from clustax.clustering import to_logit_space
+from clustax.clustering import key_covariance, to_logit_space
 from clustax.heads import map_heads
 from tests import oracle
 from tests.cases import BY_NAME, make_inputs
@@ -618,3 +618,17 @@ def test_half_precision_is_clustered_in_single_precision():
     exact = clustax.cluster_queries(query.astype(jnp.float32), num_clusters=4, metric="euclidean")
     np.testing.assert_array_equal(clusters.assignment, exact.assignment)
     assert len(np.unique(clusters.assignment)) == 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_covariance_of_keys(masked):
+    key = jax.random.normal(jax.random.key(0), (2, 9, 2, 3), jnp.bfloat16) + 5  # B S K H
+    valid = np.ones((2, 4, 9), bool)  # of N = 4 heads
+    if masked:
+        valid[:, :, 6:] = False
+        key = key.at[:, 6:].set(jnp.nan)
+    found = key_covariance(key, jnp.asarray(valid) if masked else None, 4)
+    for entry, head in np.ndindex(2, 4):
+        rows = np.asarray(key[entry, :, head // 2], np.float64)[valid[entry, head]]
+        expected = np.cov(rows, rowvar=False, bias=True)
+        np.testing.assert_allclose(found[entry, head], expected, atol=1e-4)
