@@ -33,8 +33,8 @@ def choose(
     The Pallas kernels are for TPUs and for Hopper and Blackwell GPUs: for those of
     ``jax.default_backend()``, or for those that a program is compiled for ahead of time, under
     ``jax.sharding.use_abstract_mesh`` with an abstract device. Elsewhere they are only interpreted,
-    under :data:`clustax.kernels.interpret`. Those for Blackwell have to be asked for: they never ran
-    on one.
+    under :data:`clustax.kernels.interpret`. Those for Blackwell never ran on one, and have to be
+    asked for.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.

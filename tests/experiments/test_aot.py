@@ -80,7 +80,16 @@ def test_blocks_of_a_multiprocessor():
 
 def test_largest_array():
     assert dumps.largest_array(HLO) == 1201
-    assert dumps.largest_array("%x = f32[] constant(1)") == 0
+    assert dumps.largest_array("ENTRY %main () -> f32[] {\n  ROOT %x = f32[] constant(1)\n}") == 0
+    fused = """%fused_reduce.1 (p: s32[9]) -> s32[5] {
+  %equal = pred[5,9]{1,0} compare(%p, %p), direction=EQ
+}
+
+ENTRY %main (x: s32[9]) -> s32[5] {
+  ROOT %sum = s32[5]{0} fusion(%x), kind=kInput, calls=%fused_reduce.1
+}"""
+    assert dumps.largest_array(fused) == 9
+    assert dumps.largest_array(fused.replace("fusion(", "call(")) == 45
 
 
 def test_utilization_is_read_of_operations_only(tmp_path):

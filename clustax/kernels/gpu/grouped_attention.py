@@ -107,7 +107,7 @@ def _attend(
             mass = tile.mass(lse)
             rest = gpu.of_columns(tile.keys.tail_mean, shape) * gpu.of_rows(1 - mass, shape)
             rows = rows * gpu.of_rows(mass, shape) + rest
-        tile.store(rows, scratch.out, refs[0])
+        tile.store(rows, scratch.out, refs[0].at[tile.place])
 
     output = jax.ShapeDtypeStruct((*query.shape[:3], keys.value.shape[-1]), jnp.bfloat16)
     args = (query, keys, tail_lse, top_lse, scale, cluster)
@@ -164,9 +164,10 @@ def _attend_backward(residuals, d_rows):
                 rows = products.product(
                     (gpu.WIDTH, topk), Factors(left.at[:, dims].transpose((1, 0)), right)
                 )
-                ref[(*tile.place, dims)] = rows.astype(jnp.bfloat16)
+                to = (*tile.place, pl.ds(first, gpu.WIDTH))
+                tile.store(rows, scratch.d_keys, ref.at[to])
         rows = products.product((height, head_dim), Factors(scratch.d_logit, tile.keys.key))
-        tile.store(rows, scratch.out, d_query)
+        tile.store(rows, scratch.out, d_query.at[tile.place])
 
     def of_tiles(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((num_heads, num_tiles, *shape), dtype)
@@ -237,7 +238,7 @@ class Tile(NamedTuple):
         """Moves rows to global memory."""
         memory[...] = rows.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory, ref.at[self.place])
+        plgpu.copy_smem_to_gmem(memory, ref)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -249,6 +250,7 @@ class Scratch(NamedTuple):
     d_logit: Any = None  # 64 k; like all that follows, for the backward pass
     d_addend: Any = None  # k
     d_tail_mean: Any = None  # V
+    d_keys: Any = None  # 64 k
 
 
 def _launch(
@@ -274,6 +276,7 @@ def _launch(
             d_logit=matrices(height, topk),
             d_addend=plgpu.SMEM((topk,), jnp.float32),
             d_tail_mean=plgpu.SMEM((value_dim,), jnp.float32),
+            d_keys=matrices(gpu.WIDTH, topk),
         )
     of_slots = [x for x in (tail_lse, top_lse) if x is not None]
     moved = {
