@@ -30,6 +30,7 @@ pytest := $(python) -m pytest -n auto
 swap := $(python) -m experiments.pretrained_swap
 glue = $(python) -m experiments.glue cpu --data $(GLUE)
 squad = $(python) -m experiments.squad cpu --train $(SQUAD)
+longer := --tuning.max-tokens 500000
 results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
 # Compilers are out of JAX's sight, or it would look for their accelerators.
@@ -95,9 +96,9 @@ publish: $(installed)
 	$(python) -m experiments.pareto --output $(results)/pareto
 	$(python) -m experiments.copy_task cpu --output $(results)/copy_task
 	$(python) -m experiments.asr_ctc cpu --output $(results)/asr_ctc
-	$(if $(GLUE),$(glue) --tasks SST-2 MRPC STS-B --trained-with exact --output $(results)/glue)
-	$(if $(GLUE),$(glue) --tasks RTE --reverse-tasks RTE --output $(results)/glue_rte)
-	$(if $(SQUAD),$(squad) --output $(results)/squad)
+	$(if $(GLUE),$(glue) $(longer) --tasks SST-2 MRPC STS-B --trained-with exact --output $(results)/glue)
+	$(if $(GLUE),$(glue) $(longer) --tasks MRPC RTE --output $(results)/glue_reverse)
+	$(if $(SQUAD),$(squad) --folds 3 --output $(results)/squad)
 	$(python) -m experiments.tables
 
 clean:

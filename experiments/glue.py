@@ -125,7 +125,7 @@ PRESETS = {
             tasks=("SST-2", "MRPC", "STS-B", "RTE"),
             reverse_tasks=("MRPC", "RTE"),  # the texts of the others are hardly longer than k
             seeds=(0,),
-            tuning=FineTuning(max_tokens=500_000, learning_rate=3e-4),
+            tuning=FineTuning(max_tokens=250_000, learning_rate=3e-4),
         ),
     ),
     "paper": (

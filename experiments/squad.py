@@ -567,6 +567,7 @@ def ask(settings: Ask, console: Console) -> list[Read]:
 
 CPU = Settings(
     train=tyro.MISSING,
+    folds=2,
     tuning=FineTuning(epochs=4, batch_size=8, learning_rate=5e-4, evaluations=4),
 )
 FULL = Settings(train=tyro.MISSING, tuning=FineTuning(epochs=2, learning_rate=3e-5))

@@ -86,6 +86,7 @@ def test_largest_array():
 }
 
 ENTRY %main (x: s32[9]) -> s32[5] {
+  %x = s32[9]{0} parameter(0)
   ROOT %sum = s32[5]{0} fusion(%x), kind=kInput, calls=%fused_reduce.1
 }"""
     assert dumps.largest_array(fused) == 9
