@@ -263,8 +263,9 @@ def as_bool(mask: Array | None) -> Bool[Array, "..."] | None:
 
 def of_heads(clusters: Clusters, num_heads: int) -> Clusters:
     """Clusters for all heads, where those of one serve several; others are left to be checked."""
-    heads = clusters.assignment.shape[-2] if isinstance(clusters, Clusters) else num_heads
-    if num_heads % heads:
+    is_whole = isinstance(clusters, Clusters) and all(jnp.ndim(x) > 1 for x in clusters)
+    heads = clusters.assignment.shape[-2] if is_whole else 0
+    if heads == 0 or num_heads % heads:
         return clusters
     return jax.tree.map(lambda x: jnp.repeat(x, num_heads // heads, axis=-2), clusters)
 

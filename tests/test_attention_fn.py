@@ -56,6 +56,13 @@ def test_clusters_of_a_wrong_number_of_heads_are_refused(heads):
         ATTENTION(QUERY, KEY, VALUE, clusters=clusters)
 
 
+@pytest.mark.parametrize("shape", [(9,), ()])
+def test_clusters_of_too_few_axes_are_refused(shape):
+    clusters = clustax.Clusters(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+    with pytest.raises(ValueError, match=r"clusters\.assignment must"):
+        ATTENTION(QUERY, KEY, VALUE, clusters=clusters)
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [(None, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.float16, jnp.float16)],
