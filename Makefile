@@ -19,6 +19,8 @@
 # TESTS='-m "not once"' make test                leaves out what is slow and the same on any Python.
 PYTHON ?= python3
 VENV ?= .venv
+# Where this is set, each process compiles all it imports anew: half of what it takes to start.
+export PYTHONDONTWRITEBYTECODE :=
 EXTRAS ?= dev
 PRESET ?= full
 
@@ -26,7 +28,8 @@ python := $(VENV)/bin/python
 # Python compiles what it imports, which is a small part of what is installed.
 install := $(python) -m pip install --quiet --no-compile
 version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
-pytest := $(python) -m pytest -n auto
+# Neighbours share programs and fixtures: each process begins with tests in a row.
+pytest := $(python) -m pytest -n auto --dist worksteal
 swap := $(python) -m experiments.pretrained_swap
 glue = $(python) -m experiments.glue cpu --data $(GLUE)
 squad = $(python) -m experiments.squad cpu --train $(SQUAD)
