@@ -10,10 +10,25 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import clustax
 from clustax.models import WhisperConfig
 from tests.cases import Inputs
+
+
+def others_once(*values, every=()):
+    """Values of a parameter, of which the first, and those in ``every``, are tried on any Python.
+
+    The others are once: they find what the first one finds, should an API have changed.
+    """
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[] if at == 0 or value in every else pytest.mark.once,
+        )
+        for at, value in enumerate(values)
+    ]
 
 
 class Gradients(NamedTuple):

@@ -47,6 +47,7 @@ def test_no_array_is_quadratic(device, merge, length, dtype):
     assert length * HEAD_DIM < max(sizes) < length * min(CLUSTERS, TOPK * HEAD_DIM)
 
 
+@pytest.mark.once
 def test_two_runs_are_bitwise_equal():
     inputs = make_inputs(BY_NAME["everything"])
     evaluate = functools.partial(
@@ -62,6 +63,7 @@ def test_two_runs_are_bitwise_equal():
         jax.tree.map(np.testing.assert_array_equal, evaluate(), evaluate())
 
 
+@pytest.mark.once
 def test_gradients_of_taken_rows_are_summed():
     index = jnp.array([[2, 0, 2, 2], [1, 1, 1, 0]])
     rows, vjp = jax.vjp(lambda x: _take(x, index), jnp.arange(12.0).reshape(2, 3, 2))
@@ -70,6 +72,7 @@ def test_gradients_of_taken_rows_are_summed():
     np.testing.assert_array_equal(gradient[..., 0], [[3, 0, 1 + 5 + 7], [15, 9 + 11 + 13, 0]])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("device", ["tpu", "hopper"])
 def test_sums_of_runs(device):
     index = jnp.array([0, 0, 2, 3, 3, 3, 3, 6])
@@ -81,6 +84,7 @@ def test_sums_of_runs(device):
     np.testing.assert_array_equal(vjp(cotangent)[0], cotangent[index])
 
 
+@pytest.mark.once
 def test_heads_are_not_mixed_by_vmap():
     case = BY_NAME["plain"]
     inputs, clusters = make_inputs(case), make_clusters(case)

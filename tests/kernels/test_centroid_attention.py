@@ -11,7 +11,7 @@ import pytest
 from clustax import kernels, xla
 from clustax.kernels.centroid_attention import CentroidBlocks, Shape, centroid_attention, refusal
 from clustax.topk import largest
-from tests.helpers import double, largest_error
+from tests.helpers import double, largest_error, others_once
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ def cotangents_of(problem: Problem):
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", others_once(*PROBLEMS), ids=str)
 def test_outputs_and_gradients(problem):
     given, counts = operands(problem)
     cotangents = cotangents_of(problem)
@@ -160,6 +160,7 @@ def test_outputs_and_gradients(problem):
     jax.tree.map(np.testing.assert_array_equal, again, (index, mean, lse, gradients))
 
 
+@pytest.mark.once
 def test_each_key_in_turn_may_be_the_best():
     """Ranks that rise along the sequence have every tile replace all that was selected."""
     out = centroid_attention(

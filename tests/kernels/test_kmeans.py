@@ -9,6 +9,7 @@ import pytest
 
 from clustax import kernels, kmeans, lsh
 from clustax.kernels import kmeans as kernel
+from tests.helpers import others_once
 
 LENGTH, CLUSTERS = 300, 7
 BLOCKS = kernel.KmeansBlocks(queries=128, heads=2)
@@ -29,7 +30,7 @@ def assert_same(metric, *args, **settings):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("num_bits", [31, 64])
+@pytest.mark.parametrize("num_bits", others_once(31, 64))
 def test_codes(num_bits):
     bits = np.random.default_rng(0).random((2, LENGTH, num_bits)) < 0.5
     codes = lsh.pack_bits(jnp.asarray(bits), axis=-1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from clustax.models import log_mel
+from tests.helpers import others_once
 
 
 def mel_of(hertz):
@@ -46,7 +47,7 @@ def voices():
     return loud.astype(np.float32), (0.01 * loud[:16_000]).astype(np.float32)
 
 
-@pytest.mark.parametrize("num_mel_bins", [80, 128])
+@pytest.mark.parametrize("num_mel_bins", others_once(80, 128))
 def test_equals_the_transcription(num_mel_bins):
     for audio in voices():
         got = log_mel(audio, num_mel_bins)
@@ -54,11 +55,13 @@ def test_equals_the_transcription(num_mel_bins):
         np.testing.assert_allclose(got, transcription(audio, num_mel_bins), atol=1e-4)
 
 
+@pytest.mark.once
 def test_full_length():
     audio = np.tile(voices()[0], 15)
     np.testing.assert_allclose(log_mel(audio), transcription(audio, 80), atol=1e-4)
 
 
+@pytest.mark.once
 def test_each_of_a_batch_has_its_own_floor():
     """The dynamic range is cut below the loudest moment of each window."""
     loud, quiet = voices()

@@ -22,6 +22,7 @@ from clustax.models.bert import (
     load,
     save,
 )
+from tests.helpers import others_once
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -184,7 +185,7 @@ def folder(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("prefix", ["", "bert.", "model.encoder."])
+@pytest.mark.parametrize("prefix", others_once("", "bert.", "model.encoder."))
 def test_equals_the_transcription(folder, prefix):
     weights = tensors()
     tokens, token_types = inputs()
@@ -205,6 +206,7 @@ def test_equals_the_transcription(folder, prefix):
         np.testing.assert_allclose(got[:length], want, atol=1e-5)
 
 
+@pytest.mark.once
 def test_no_token_types_means_zeros(folder):
     tokens, _ = inputs()
     bert = load(folder(tensors()))
@@ -243,6 +245,7 @@ def mean_of_values(query, key, value, *, query_seq_lengths, key_value_seq_length
     return jnp.broadcast_to(jnp.einsum("bs,bsnh->bnh", weights, value)[:, None], query.shape)
 
 
+@pytest.mark.once
 def test_attention_per_layer(folder):
     """A layer sees its own attention_fn: uniform weights equal exact attention of zero queries."""
     weights = tensors()
@@ -304,6 +307,7 @@ def test_projections(folder):
     np.testing.assert_array_equal(key[VALID], bert.layers[0].attention.key(embedded)[VALID])
 
 
+@pytest.mark.once
 def test_random_weights():
     bert = Bert(CONFIG, rngs=nnx.Rngs(0))
     hidden = bert(jnp.asarray(inputs()[0]), jnp.asarray(LENGTHS))
@@ -347,12 +351,12 @@ def test_models_that_are_not_served_are_refused(folder, name, value):
 
 @pytest.mark.parametrize(
     ("model_type", "prefix", "outer"),
-    [
+    others_once(
         ("bert", "bert.", ""),
         ("bert", "module.bert.", "module."),
         ("roberta", "roberta.", ""),
         ("roberta", "model.roberta.", "model."),
-    ],
+    ),
 )
 def test_heads_equal_their_transcriptions(folder, model_type, prefix, outer):
     encoder = tensors() if model_type == "bert" else roberta_tensors()
@@ -395,6 +399,7 @@ def test_the_bias_of_the_vocabulary_may_be_that_of_the_last_layer(folder, model_
     np.testing.assert_array_equal(model.bias[...], heads(model_type)[bias])
 
 
+@pytest.mark.once
 def test_spans_never_end_in_the_padding():
     model = BertForQuestionAnswering(Bert(CONFIG, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
     model.qa_outputs.bias[...] -= 1e4  # so that a padded 0 would win
@@ -408,7 +413,7 @@ def test_spans_never_end_in_the_padding():
         assert np.isfinite(optax.softmax_cross_entropy(part, one_hot)).all()
 
 
-@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("files", others_once(3, 1))
 def test_split_files(tmp_path, files):
     """The tensors of any number of files, which only the index knows, give the same model."""
     weights = {f"bert.{name}": w for name, w in tensors().items()}
@@ -434,7 +439,7 @@ def test_split_files(tmp_path, files):
     assert all(f"part-{i}.safetensors is missing" in str(error.value) for i in range(files))
 
 
-@pytest.mark.parametrize("entries", [{}, ROBERTA])
+@pytest.mark.parametrize("entries", others_once({}, ROBERTA))
 @pytest.mark.parametrize(
     "head", [None, BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM]
 )
@@ -543,6 +548,7 @@ def test_rates_of_dropout(folder):
     assert model.dropout.rate == model.bert.layers[1].dropout.rate == 0.1
 
 
+@pytest.mark.once
 def test_heads_take_another_attention(folder):
     """The arrays are the same, and the model that was asked stays as it is."""
     path = folder(tensors() | heads("bert"), num_labels=NUM_LABELS)

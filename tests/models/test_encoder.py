@@ -11,6 +11,7 @@ from flax import nnx
 import clustax
 from clustax.models import Encoder, EncoderLayer
 from clustax.models.encoder import gelu
+from tests.helpers import others_once
 
 D, HEADS, LENGTH = 12, 3, 9
 LENGTHS = jnp.array([9, 4, 1])
@@ -88,7 +89,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", others_once(*VARIANTS))
 def test_equals_the_transcription(variant):
     options, norm_first, activation = VARIANTS[variant]
     encoder = make(**options)
@@ -107,6 +108,7 @@ def test_inner_size_is_four_times_the_outer_one():
     assert make(d_ff=5).layers[1].feed_forward.output.kernel.shape == (5, D)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("attention_fn", [jax.nn.dot_product_attention, ROUGH])
 def test_padding_has_no_influence(attention_fn):
     """Not on outputs and not on gradients, whatever it holds."""
@@ -143,6 +145,7 @@ def test_each_layer_has_its_attention():
     assert first.keywords == second.keywords == {}
 
 
+@pytest.mark.once
 def test_projections():
     for norm_first in (False, True):
         encoder = make(norm_first=norm_first, final_norm=True)
@@ -158,6 +161,7 @@ def test_projections():
         )
 
 
+@pytest.mark.once
 def test_clustered_attention_with_all_keys_is_exact():
     clustered = make().with_attention(clustax.ClusteredAttention(num_clusters=2, topk=LENGTH))
     np.testing.assert_allclose(
@@ -165,6 +169,7 @@ def test_clustered_attention_with_all_keys_is_exact():
     )
 
 
+@pytest.mark.once
 def test_with_attention_shares_the_weights():
     exact = make()
     rough = exact.with_attention(ROUGH)
@@ -190,6 +195,7 @@ def test_dropout():
     np.testing.assert_array_equal(run(encoder, X, LENGTHS), expected)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_dropout_of_everything_leaves_the_residuals(norm_first):
     encoder = make(norm_first=norm_first, final_norm=False, dropout_rate=1.0)
@@ -201,6 +207,7 @@ def test_dropout_of_everything_leaves_the_residuals(norm_first):
     np.testing.assert_allclose(encoder(X), expected, atol=1e-6)
 
 
+@pytest.mark.once
 def test_rematerialisation_changes_no_gradient():
     """Nor does it drop out other units the second time."""
 
@@ -223,7 +230,8 @@ def test_rematerialisation_changes_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("mode", "attention_fn"), [("train", ROUGH), ("eval", jax.nn.dot_product_attention)]
+    ("mode", "attention_fn"),
+    others_once(("eval", jax.nn.dot_product_attention), ("train", ROUGH)),
 )
 def test_scan_over_stacked_layers_equals_the_loop(mode, attention_fn):
     @nnx.split_rngs(splits=3)

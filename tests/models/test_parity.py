@@ -218,6 +218,7 @@ def test_whisper(transformers, torch, tmp_path):
     np.testing.assert_array_equal(written[:, : generated.shape[1]], generated.numpy())
 
 
+@pytest.mark.once
 def test_whisper_tiny_writes_the_words_of_ctranslate2(fetched, speech):
     """On five clips of an audio book."""
     ctranslate2 = pytest.importorskip("ctranslate2", reason="the comparison needs ctranslate2")

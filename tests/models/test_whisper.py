@@ -15,6 +15,7 @@ from flax import nnx
 import clustax
 from clustax.models import Whisper, WhisperConfig
 from clustax.models.whisper import load
+from tests.helpers import others_once
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -235,8 +236,8 @@ def test_equals_the_transcription(whisper):
         np.testing.assert_allclose(logits[i], expected.logits(mel[i], tokens[i]), atol=3e-5)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("dtype", others_once(np.float16, np.float32))
+@pytest.mark.parametrize("prefix", others_once("model.", ""))
 def test_both_formats_give_the_same_model(tmp_path, dtype, prefix):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -316,6 +317,7 @@ def test_cached_decoding_equals_decoding_anew(talkative):
     np.testing.assert_array_equal(alone, tokens[:1, :5])
 
 
+@pytest.mark.once
 def test_suppressed_tokens(talkative):
     """Token 9 begins all texts and comes later, too, unless it is suppressed."""
     mel, _ = inputs(batch=6)
@@ -344,6 +346,7 @@ def mean_of_values(query, key, value):
     return jnp.broadcast_to(value.mean(1, keepdims=True), query.shape)
 
 
+@pytest.mark.once
 def test_attention_per_layer(tmp_path):
     """A layer sees its own attention_fn: uniform weights equal exact attention of zero queries."""
     weights = tensors()
@@ -369,6 +372,7 @@ def test_with_attention_shares_the_weights(whisper):
     np.testing.assert_array_equal(encode(back, mel), before)
 
 
+@pytest.mark.once
 def test_clustered_attention_with_all_keys_is_exact(whisper):
     mel, _ = inputs()
     clustered = whisper.with_attention(clustax.ClusteredAttention(num_clusters=2, topk=7))
@@ -378,6 +382,7 @@ def test_clustered_attention_with_all_keys_is_exact(whisper):
     )
 
 
+@pytest.mark.once
 def test_transcription_retraces_only_for_another_attention(whisper):
     traces = []
 
@@ -392,6 +397,7 @@ def test_transcription_retraces_only_for_another_attention(whisper):
     assert traces == [(2, 7, 3, 4)] * CONFIG.encoder_layers
 
 
+@pytest.mark.once
 def test_random_weights_can_be_trained():
     """The gradient reaches every parameter; the encoder's sinusoids are none."""
     whisper = Whisper(replace(CONFIG, encoder_layers=1, decoder_layers=1), rngs=nnx.Rngs(0))
