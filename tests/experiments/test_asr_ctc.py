@@ -111,6 +111,7 @@ def tiny_model(attention=jax.nn.dot_product_attention, size=SIZE):
     return SpeechModel(size, 2, 5, attention, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.once
 def test_padding_makes_no_difference():
     features = jax.random.normal(jax.random.key(0), (1, 12, 5))
     padded = jnp.pad(features, ((0, 0), (0, 20), (0, 0)))
@@ -119,6 +120,7 @@ def test_padding_makes_no_difference():
     np.testing.assert_allclose(one, other[:, :12], atol=1e-5)
 
 
+@pytest.mark.once
 def test_a_frame_sees_its_context():
     speech = tiny_model(lambda query, key, value, **_: jnp.zeros_like(value))
     features = jnp.zeros((1, 9, 5))
@@ -157,6 +159,7 @@ def test_loss_is_the_probability_of_all_paths():
     np.testing.assert_allclose(found["ctc"], expected, rtol=1e-4)
 
 
+@pytest.mark.once
 def test_frames_count_as_much_as_the_batch_asks_for():
     speech, batch = tiny_model(), jax.tree.map(jnp.asarray, example())
     states = speech.encode(batch["features"], batch["lengths"])
@@ -169,6 +172,7 @@ def test_frames_count_as_much_as_the_batch_asks_for():
     np.testing.assert_allclose(found["loss"] - plain["loss"], 2 * 3 * each[0].mean(), rtol=1e-4)
 
 
+@pytest.mark.once
 def test_chunked_attention_leaves_out_padded_keys():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 12, 2, 4))
     lengths = jnp.array([12, 3])

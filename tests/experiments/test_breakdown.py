@@ -16,12 +16,17 @@ from experiments.breakdown import REST, STAGES, Event, Instruction, Settings, Wo
 SMALL = {"lengths": (2048,), "heads": 2, "head_dim": 16, "clusters": 10, "topk": 8, "rounds": 2}
 
 
-@pytest.fixture
-def optimised(monkeypatch):
+@pytest.fixture(scope="module")
+def optimised():
     """Calls a function in a process whose programs are compiled as those of users are."""
-    monkeypatch.setenv("XLA_FLAGS", "")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ProcessPoolExecutor(max_workers=1, mp_context=context) as pool,
+    ):
+        patch.setenv("XLA_FLAGS", "")
+        pool.submit(int).result()  # It has started with that.
+        patch.undo()
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
@@ -32,6 +37,7 @@ def instructions(attention):
     return breakdown.instructions_of(program.as_text())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("attention", ["paper", "default"])
 def test_instructions_of_every_stage_are_found(attention, optimised):
     # Fails when a function of clustax has another name or its lines another form: see STAGE_OF.

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def test_batches_differ_but_for_the_same_one():
     assert drawn(cell, 0, 1) == drawn(cell, 0, 1)
 
 
+@pytest.mark.once
 def test_positions_are_learned_where_asked():
     def trained(learned):
         model = dataclasses.replace(TINY.model, learned_positions=learned)
@@ -177,6 +179,7 @@ def test_killed_run_ends_with_the_numbers_of_another(tmp_path, uninterrupted):
     assert numbers(tmp_path) == uninterrupted
 
 
+@pytest.mark.once
 def test_what_cannot_be_written_is_named_and_nothing_is_lost(
     tmp_path, uninterrupted, monkeypatch, caplog
 ):
@@ -200,10 +203,20 @@ def test_what_cannot_be_written_is_named_and_nothing_is_lost(
     assert numbers(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("name", ["run.json", "result.json", "scalars.jsonl"])
-def test_broken_files_are_named_and_left_as_they_are(tmp_path, name):
-    settings = dataclasses.replace(TINY, methods=("full",), lengths=(8,), output=tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of one model."""
+    output = tmp_path_factory.mktemp("finished")
+    settings = dataclasses.replace(TINY, methods=("full",), lengths=(8,), output=output)
     copy_task.run(settings, Console(quiet=True))
+    return output
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["run.json", "result.json", "scalars.jsonl"])
+def test_broken_files_are_named_and_left_as_they_are(tmp_path, finished, name):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    settings = dataclasses.replace(TINY, methods=("full",), lengths=(8,), output=tmp_path)
     folder = tmp_path / "runs" / "full_length-8_seed-0"
     if name == "scalars.jsonl":
         (folder / "result.json").unlink()

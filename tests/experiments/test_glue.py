@@ -324,6 +324,7 @@ def test_predictions_are_those_of_each_text_alone(model_folder, data_folder):
     np.testing.assert_allclose(model.classify(hidden)[0], found[1], atol=1e-5)
 
 
+@pytest.mark.once
 def test_frozen_encoders_are_not_trained(model_folder):
     source = finetuning.pretrained(model_folder)
     model = BertForSequenceClassification(
@@ -369,9 +370,11 @@ def test_rows_of_results():
     assert "score_of_approximated" not in same
 
 
+@pytest.mark.once
 def test_run_writes_its_results_and_goes_on(model_folder, data_folder, monkeypatch):
     settings = settings_of(model_folder, data_folder)
-    settings = dataclasses.replace(settings, clusters=(2,), reverse_tasks=("STS-B",))
+    settings = dataclasses.replace(settings, clusters=(2,), buckets=(12,), reverse_tasks=("STS-B",))
+    monkeypatch.setattr(glue, "RESAMPLES", 50)  # or they would take a third of the time
     predict, calls = glue.predict, []
 
     def killed(*args):
@@ -452,6 +455,7 @@ def test_published_figures():
     assert exact.keys() == set(TASKS)
 
 
+@pytest.mark.once
 def test_scores_choose_the_best_model(model_folder, tmp_path):
     """The model that is returned is that of the highest score, also after a kill."""
     source = finetuning.pretrained(model_folder)

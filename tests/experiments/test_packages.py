@@ -49,6 +49,7 @@ def test_only_what_is_asked_for_is_extracted(tiny, cache):
     assert sorted(files) == ["tiny-data-1.0/tiny_data/words.txt", WHEEL]
 
 
+@pytest.mark.once
 def test_a_second_time_needs_no_pip(tiny, monkeypatch):
     first = extract(tiny, "tiny_data/words.txt")
     written = first[0].stat().st_mtime_ns
@@ -57,6 +58,7 @@ def test_a_second_time_needs_no_pip(tiny, monkeypatch):
     assert first[0].stat().st_mtime_ns == written
 
 
+@pytest.mark.once
 def test_damaged_files_are_replaced(tiny, cache):
     """A wheel and a member that were cut off half way are not taken for good ones."""
     (path,) = extract(tiny, "tiny_data/words.txt")
@@ -67,6 +69,7 @@ def test_damaged_files_are_replaced(tiny, cache):
     assert hashlib.sha256((cache / WHEEL).read_bytes()).hexdigest() == tiny.sha256
 
 
+@pytest.mark.once
 def test_wrong_hash(tiny, cache):
     pinned = Package(tiny.name, tiny.version, "0" * 64)
     with pytest.raises(PackageUnavailableError) as error:
@@ -75,6 +78,7 @@ def test_wrong_hash(tiny, cache):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.once
 def test_missing_package_says_how_to_get_it(cache):
     with pytest.raises(PackageUnavailableError) as error:
         fetch(Package("not-there", "2.5", "0" * 64))
@@ -100,6 +104,7 @@ def test_unwritable_cache(tiny, tmp_path, monkeypatch):
         fetch(tiny)
 
 
+@pytest.mark.once
 def test_member_that_is_not_in_the_wheel(tiny):
     with pytest.raises(KeyError, match="no/such"):
         extract(tiny, "no/such")

@@ -84,6 +84,7 @@ def test_errors_are_relative_to_the_first_and_means_over_heads(inputs):
     assert len(turns) == 4
 
 
+@pytest.mark.once
 def test_random_keys_are_keys_of_each_head(inputs):
     value = inputs[2]
     out = np.asarray(RandomKeys(topk=1)(*inputs))
@@ -98,6 +99,7 @@ def test_random_keys_are_keys_of_each_head(inputs):
     np.testing.assert_allclose(RandomKeys(topk=LENGTH)(*inputs), exact, atol=1e-5)
 
 
+@pytest.mark.once
 def test_reformer_gets_queries_as_keys(inputs):
     query, key, value = inputs
     out = pareto.attend(baselines.Reformer(rounds=1), query, jnp.full_like(key, jnp.nan), value)
@@ -119,6 +121,7 @@ def tiny(monkeypatch, tmp_path):
     return pareto.Settings(sources=("random",), documents=2, output=tmp_path / "pareto")
 
 
+@pytest.mark.once
 def test_a_run_that_was_killed_goes_on_and_writes_every_figure(tiny, monkeypatch):
     compare, calls = pareto.compare, []
 

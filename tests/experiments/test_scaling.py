@@ -15,8 +15,6 @@ from experiments.common.memory import peak_memory
 from experiments.common.timing import Times, take_turns
 from experiments.scaling import BACKWARD, FORWARD, Longest, Results, Row, Settings
 
-pytestmark = pytest.mark.once
-
 SMALL = Settings(
     lengths=(16, 32),
     memory_lengths=(),
@@ -62,11 +60,13 @@ def _allocate(size):
     return lambda: bytearray(size) and None
 
 
+@pytest.mark.once
 def test_peak_memory_is_that_of_the_run_alone():
     taken = peak_memory(_allocate, 100 * 2**20)
     assert taken == pytest.approx(100 * 2**20, rel=0.05)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(40, 70), (1024, 4096)])
 def test_chunked_attention_is_exact(num_queries, num_keys):
     rng = np.random.default_rng(0)
@@ -136,6 +136,7 @@ def test_acceptance_has_what_was_asked_and_what_was_reached():
     assert (memory.asked, memory.reached, memory.is_met) == ("≤ 24.0", 20.0, True)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", scaling.attentions(SMALL))
 def test_every_rival_runs(name):
     arrays = scaling.make_arrays(SMALL, 16)
@@ -161,6 +162,7 @@ def test_rivals_are_left_out_beyond_their_longest():
     assert scaling.ORACLE not in scaling.rivals(SMALL, BACKWARD, 16)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("measures", "passes"), [("attention", scaling.PASSES), ("layer", (BACKWARD,))]
 )
@@ -217,6 +219,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     assert {each["peak_bytes"] for each in record["rows"]} == {7}
 
 
+@pytest.mark.once
 def test_torch_and_jax_measure_the_same(monkeypatch):
     torch = pytest.importorskip("torch")
     settings = dataclasses.replace(SMALL, measures="layer")

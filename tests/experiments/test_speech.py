@@ -212,6 +212,7 @@ def test_spectrograms():
     np.testing.assert_array_equal(mel[2], mel[0])
 
 
+@pytest.mark.once
 def test_recognise(monkeypatch):
     """It gives the model's states, decodes them, and says whose text did not end."""
     given = []

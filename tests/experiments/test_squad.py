@@ -29,8 +29,6 @@ from experiments.tasks import squad
 from experiments.tasks.squad import Answer, Question, Span, Window
 from tests.experiments.tiny import tiny_folder, tiny_tokenizer, write
 
-pytestmark = pytest.mark.once
-
 
 def entry(name, text="two", start=4, **others):
     return {
@@ -73,6 +71,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("problem", MALFORMED)
 def test_malformed_questions_are_refused_or_skipped(tmp_path, problem):
     path = tmp_path / "squad.json"
@@ -106,6 +105,7 @@ TOKENIZER = tiny_tokenizer()
 words = st.text("abcdegnortuw é.,\n", min_size=1, max_size=150).filter(str.strip)
 
 
+@pytest.mark.once
 @given(words, st.data(), st.integers(0, 12))
 def test_every_answer_is_found_in_its_window(context, data, overlap):
     """Windows cover the context, and an answer that fits into the overlap is in one of them."""
@@ -210,6 +210,7 @@ answers = st.lists(st.sampled_from(["a", "red", "two", "Two", "!", "the"]), max_
 )
 
 
+@pytest.mark.once
 @given(answers, st.lists(answers, max_size=3))
 def test_scores_are_between_zero_and_one_and_f1_is_no_less(found, expected):
     exact, f1 = squad.exact_match(found, expected), squad.f1(found, expected)
@@ -221,6 +222,7 @@ def question(name, article, context="c"):
     return Question(name, article, context, "who?", (Answer("c", 0),))
 
 
+@pytest.mark.once
 @given(st.lists(st.integers(0, 6), min_size=7, max_size=40), st.integers(2, 3), st.integers(0, 5))
 def test_folds_keep_articles_together(articles, folds, seed):
     articles = [*range(3), *articles]
@@ -263,6 +265,7 @@ def model_folder(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.once
 def test_loss_and_logits_are_those_of_each_window_alone(model_folder):
     source = finetuning.pretrained(model_folder)
     reader = BertForQuestionAnswering(source.encoder(Variant(EXACT), 0), rngs=nnx.Rngs(1))
@@ -315,6 +318,7 @@ def settings_of(model_folder, folder, **others):
     return script.Settings(**{**values, **others})
 
 
+@pytest.mark.once
 def test_run_writes_its_results_and_goes_on(model_folder, tmp_path, monkeypatch):
     settings = settings_of(model_folder, tmp_path)
     monkeypatch.setattr(script, "OTHERS", ())
@@ -355,6 +359,7 @@ def test_run_writes_its_results_and_goes_on(model_folder, tmp_path, monkeypatch)
         script.run(other, Console(quiet=True))
 
 
+@pytest.mark.once
 def test_development_file_chooses_the_model_that_answers(model_folder, tmp_path, monkeypatch):
     """And the model that was written answers a question from a long text."""
     settings = settings_of(model_folder, tmp_path)

@@ -179,6 +179,7 @@ def test_other_settings_start_anew(tiny, tmp_path, monkeypatch):
     assert "other settings, code or versions: starting anew" in console.export_text()
 
 
+@pytest.mark.once
 def test_what_is_written_and_printed(tiny, tmp_path):
     settings = task.Settings(clusters=(7,), topk=(), batch_size=3, output=tmp_path / "swap")
     console = Console(record=True, width=80)

@@ -204,6 +204,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(task, "PICTURED_LAYER", 0)
 
 
+@pytest.mark.once
 def test_run(tiny, tmp_path, monkeypatch):
     """All of it, in two runs of which the first is killed."""
     settings = task.Settings(documents=12, clusters=(2, 16), topk=3, output=tmp_path / "a" / "swap")

@@ -137,6 +137,7 @@ def child(call):
     )
 
 
+@pytest.mark.once
 def test_eight_devices_train_as_one():
     done = child("on_devices()")
     assert done.returncode == 0, done.stderr
@@ -182,6 +183,7 @@ def test_killed_run_ends_with_the_numbers_of_another(tmp_path):
     assert_same(numbers(*train(killed)), numbers(*train(whole)))
 
 
+@pytest.mark.once
 def test_nothing_is_done_again_when_all_is_done(tmp_path):
     first = numbers(*train(tmp_path))
     assert_same(numbers(*train(tmp_path, lambda step: pytest.fail("a step was made"))), first)
@@ -189,6 +191,7 @@ def test_nothing_is_done_again_when_all_is_done(tmp_path):
     assert first[0][0]["learning_rate"] == pytest.approx(0.03 / 4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
@@ -211,6 +214,7 @@ def test_run_that_cannot_go_on_says_why_and_keeps_what_was_good(tmp_path, replac
     assert [row["step"] for row in read_rows(tmp_path)] == [2, 4, 6, 8]
 
 
+@pytest.mark.once
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     save = ocp.CheckpointManager.save
 
