@@ -9,7 +9,7 @@ import pytest
 
 import clustax
 from clustax import ClusteredAttention
-from tests.helpers import largest_error
+from tests.helpers import largest_error, others_once
 
 ATTENTION = ClusteredAttention.paper(num_clusters=3, topk=2, num_bits=16, num_iterations=2)
 QUERY, KEY, VALUE = (
@@ -20,6 +20,7 @@ QUERY, KEY, VALUE = (
 )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("space", ["query", "logit"])
 def test_is_clustered_attention(space):
     lengths = {
@@ -41,6 +42,7 @@ def test_is_clustered_attention(space):
     assert largest_error(out, expected) == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("heads", [1, 2])
 def test_heads_can_share_clusters(heads):
     shared = clustax.cluster_queries(QUERY[..., :heads, :], num_clusters=3)
@@ -49,7 +51,7 @@ def test_heads_can_share_clusters(heads):
     assert largest_error(ATTENTION(QUERY, KEY, VALUE, clusters=shared), expected) == 0
 
 
-@pytest.mark.parametrize("heads", [3, 8])
+@pytest.mark.parametrize("heads", others_once(3, 8))
 def test_clusters_of_a_wrong_number_of_heads_are_refused(heads):
     clusters = clustax.cluster_queries(jnp.repeat(QUERY, 2, 2)[..., :heads, :], num_clusters=3)
     with pytest.raises(ValueError, match="assignment must have shape"):
@@ -73,7 +75,7 @@ def test_dtype(dtype, expected):
     assert out.dtype == expected
 
 
-@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST])
+@pytest.mark.parametrize("precision", others_once(jax.lax.Precision.HIGHEST, "highest"))
 def test_precision_is_that_of_all_products_of_attention(precision):
     clusters = ATTENTION.cluster(QUERY, KEY)
 

@@ -13,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import clustax
 from clustax import ClusteredAttention, Clusters, attention, clustering, kernels, lsh
 from clustax.implementations import Choice, choose
+from tests.helpers import others_once
 
 B, T, S, N, K, H, V, C = 2, 6, 7, 4, 2, 8, 5, 3
 
@@ -262,6 +263,7 @@ def nothing_compiled(monkeypatch):
         monkeypatch.setattr(module, name, refuse)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_without_a_mistake_are_served(name):
     for leaf in jax.tree.leaves(call(name, CALLS[name])):
@@ -286,8 +288,12 @@ def test_mistakes_are_explained_under_jit(num_clusters):
         jax.jit(attend)(3)
 
 
-@pytest.mark.parametrize("name", ["clustered_attention", "cluster_queries", "hash_planes"])
-@pytest.mark.parametrize("rng", [jax.random.key(1), jax.random.PRNGKey(1)], ids=["typed", "legacy"])
+@pytest.mark.parametrize(
+    "name", others_once("cluster_queries", "clustered_attention", "hash_planes")
+)
+@pytest.mark.parametrize(
+    "rng", others_once(jax.random.PRNGKey(1), jax.random.key(1)), ids=["legacy", "typed"]
+)
 def test_both_kinds_of_random_keys_are_served(name, rng):
     assert jax.tree.leaves(call(name, CALLS[name] | {"rng": rng}))
 
@@ -302,6 +308,7 @@ class TestImplementations:
         ):
             call(name, CALLS[name] | {"implementation": "pallas"})
 
+    @pytest.mark.once
     def test_next_one_is_tried(self, name):
         for each in (None, ("pallas", "xla"), ["pallas", "reference"]):
             assert jax.tree.leaves(call(name, CALLS[name] | {"implementation": each}))
@@ -321,6 +328,7 @@ def test_one_can_ask_which_implementation_runs():
         assert choose() == choose("pallas") == Choice("pallas", {})
 
 
+@pytest.mark.once
 def test_kernels_serve_no_float16():
     given = CALLS["attend"] | {
         "query": floats(B, T, N, H, dtype=jnp.float16),

@@ -22,12 +22,13 @@ from tests.helpers import (
     as_numpy,
     double,
     largest_error,
+    others_once,
     outputs_and_gradients,
     random_like_output,
 )
 
 SCALE = 0.5  # not the default one
-CASES = [BY_NAME[name] for name in ("no_batch_axis_cross", "everything", "padding_to_nothing")]
+CASES = [BY_NAME[name] for name in ("everything", "no_batch_axis_cross", "padding_to_nothing")]
 ROUGH = ClusteredAttention.paper(num_clusters=3, topk=0, num_iterations=2)
 EXACT = dataclasses.replace(ROUGH, exact_below=13)
 X = jax.random.normal(jax.random.key(0), (2, 12, 8))
@@ -61,7 +62,7 @@ def with_junk(inputs: Inputs) -> Inputs:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", others_once(*CASES), ids=str)
 def test_outputs_and_gradients_are_those_of_exact_attention(case):
     """Outputs against loops in NumPy, gradients against the reference with all keys as top-k."""
     inputs = make_inputs(case)
@@ -96,6 +97,7 @@ def test_outputs_and_gradients_are_those_of_exact_attention(case):
             assert largest_error(gradient, wanted) <= 1e-4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     inputs = make_inputs(BY_NAME["everything"], dtype)
@@ -104,6 +106,7 @@ def test_half_precision(dtype):
     assert largest_error(out, oracle.attend(inputs)) <= 4 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.once
 def test_the_length_decides_and_nothing_is_clustered_below():
     inputs = make_inputs(Case("short", T=12, S=9, key_lengths=(9, 4)))
     exact, clustered = oracle.attend(inputs), attend(inputs)
@@ -119,6 +122,7 @@ def test_the_length_decides_and_nothing_is_clustered_below():
         assert f"{primitive}[" not in primitives(13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, ("pallas", "xla")], ids=str)
 def test_it_is_the_same_for_all_implementations(implementation):
     """Also where Pallas could not run, as on a CPU without the interpreter."""
@@ -127,6 +131,7 @@ def test_it_is_the_same_for_all_implementations(implementation):
     np.testing.assert_array_equal(out, attend(inputs, exact_below=100))
 
 
+@pytest.mark.once
 def test_settings_are_those_of_the_function():
     query, key, value = make_inputs(Case("short", T=12, S=9))[:3]
     mask = jnp.arange(9.0)[None, None, None] < 7
@@ -143,6 +148,7 @@ def test_settings_are_those_of_the_function():
         EXACT(query, query, query, is_causal=True)
 
 
+@pytest.mark.once
 def test_modules_of_nnx():
     settings = {"decode": False, "rngs": nnx.Rngs(0)}
     exact = nnx.MultiHeadAttention(2, 8, **settings)
@@ -157,6 +163,7 @@ def test_modules_of_nnx():
     assert largest_error(layer(X), expected) > 1e-2
 
 
+@pytest.mark.once
 def test_modules_of_linen():
     exact = nn.MultiHeadDotProductAttention(num_heads=2)
     variables = exact.init(jax.random.key(1), X)
@@ -169,6 +176,7 @@ def test_modules_of_linen():
     assert largest_error(rough.apply(variables, X), expected) > 1e-2
 
 
+@pytest.mark.once
 def test_an_encoder_switches_by_length():
     """The same model: exact for short inputs, clustered for long ones."""
     encoder = Encoder(1, 8, 2, attention_fn=EXACT, rngs=nnx.Rngs(0))

@@ -14,7 +14,7 @@ from flax import linen as nn
 import clustax
 from clustax import ClusteredAttention
 from clustax.linen import ClusteredMultiHeadAttention
-from tests.helpers import largest_error
+from tests.helpers import largest_error, others_once
 
 ROUGH = ClusteredAttention(num_clusters=4, topk=3, num_bits=16, num_iterations=2)
 EXACT = [ClusteredAttention(num_clusters=4, topk=100), ClusteredAttention(num_clusters=100)]
@@ -120,7 +120,7 @@ def test_flax_passes_the_layer_only_to_sow():
     assert isinstance(spy.keywords["module"], nn.MultiHeadDotProductAttention)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", others_once(*VARIANTS, every=("sharding", "normalize_qk")))
 def test_parameters_are_those_of_flax(variant):
     inputs = (X, MEMORY) if variant == "cross" else (X,)
     actual, expected = (
@@ -146,6 +146,7 @@ def test_orbax_checkpoints_load_both_ways(saved, tmp_path):
     assert_same_variables(restored, source)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("attention", EXACT, ids=["topk", "num_clusters"])
 @pytest.mark.parametrize("variant", ["self", "cross", "normalize_qk", "dtypes"])
 def test_equals_exact_attention_in_the_limits(variant, attention):
@@ -158,6 +159,7 @@ def test_equals_exact_attention_in_the_limits(variant, attention):
     assert largest_error(out, expected) < (2e-2 if variant == "dtypes" else 1e-5)
 
 
+@pytest.mark.once
 def test_masked_keys_have_no_influence():
     layer, exact = clustered_layer(EXACT[1]), exact_layer()
     memory = MEMORY.at[:, 5:].set(jnp.nan)
@@ -169,6 +171,7 @@ def test_masked_keys_have_no_influence():
     assert largest_error(layer.apply(variables, X, memory, **lengths), expected) < 1e-5
 
 
+@pytest.mark.once
 def test_query_lengths_leave_padding_out():
     layer, lengths = clustered_layer(), jnp.array([7, 7])
 
@@ -213,6 +216,7 @@ def test_clustering_does_not_decode():
     assert_same_variables(changed["cache"], variables["cache"])
 
 
+@pytest.mark.once
 def test_dropout_of_weights_is_refused():
     layer = clustered_layer(dropout_rate=0.5)
     rngs = {"dropout": jax.random.key(0)}
@@ -239,6 +243,7 @@ def test_an_unbound_layer_is_refused_as_flax_does():
             layer(X)
 
 
+@pytest.mark.once
 def test_changed_settings_take_effect():
     layer = clustered_layer()
     finer = dataclasses.replace(layer.attention_fn, num_clusters=100)
@@ -248,6 +253,7 @@ def test_changed_settings_take_effect():
     assert largest_error(swapped.apply(VARIABLES, X), layer.apply(VARIABLES, X)) == 0
 
 
+@pytest.mark.once
 def test_equal_layers_cost_one_trace():
     traces = 0
 
@@ -262,6 +268,7 @@ def test_equal_layers_cost_one_trace():
     assert traces == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("space", ["query", "logit"])
 def test_clusters_are_those_of_a_call(space):
     attention = ClusteredAttention(num_clusters=4, topk=3, space=space)
@@ -288,6 +295,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.once
 def test_two_layers_share_clusters():
     stack = Stack()
     variables = init(stack)
@@ -314,7 +322,7 @@ def test_two_layers_share_clusters():
     assert largest_error(stack.apply(variables, X, PADDING), expected) < 1e-5
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", others_once(True, False))
 def test_gradients(remat):
     def gradients(layer):
         loss = jax.grad(lambda v: jnp.sum(jnp.sin(layer.apply(v, X, mask=PADDING))))
@@ -369,6 +377,7 @@ class Copier(nn.Module):
         return nn.Dense(self.vocabulary)(x + clustered_layer()(x))
 
 
+@pytest.mark.once
 def test_training_lowers_the_loss():
     tokens = jax.random.randint(jax.random.key(0), (16, LENGTH), 0, 5)
     model = Copier(5)

@@ -59,6 +59,7 @@ def test_no_array_is_quadratic_in_any_branch(merge, metric, space, gradient):
     assert max(sizes) <= largest_allowed(4096)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("settings", "gradient"),
     [

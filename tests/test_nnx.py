@@ -13,7 +13,7 @@ from flax import nnx
 import clustax
 from clustax import ClusteredAttention
 from clustax.nnx import ClusteredMultiHeadAttention
-from tests.helpers import largest_error
+from tests.helpers import largest_error, others_once
 
 ROUGH = ClusteredAttention(num_clusters=4, topk=3, num_bits=16, num_iterations=2)
 EXACT = [ClusteredAttention(num_clusters=4, topk=100), ClusteredAttention(num_clusters=100)]
@@ -143,6 +143,7 @@ def test_sharding_metadata():
     assert layer.out.kernel.get_metadata("out_sharding") == ("heads", None, "embed")
 
 
+@pytest.mark.once
 def test_state_moves_both_ways():
     exact, clustered = exact_layer(seed=1), clustered_layer(EXACT[1], seed=2)
     nnx.update(clustered, nnx.state(exact))
@@ -165,6 +166,7 @@ def test_orbax_checkpoints_load_both_ways(saved, tmp_path):
     assert_same_variables(target, source)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("attention", EXACT, ids=["topk", "num_clusters"])
 @pytest.mark.parametrize("variant", ["self", "cross", "gqa", "normalize_qk", "dtypes"])
 def test_equals_exact_attention_in_the_limits(variant, attention):
@@ -176,12 +178,14 @@ def test_equals_exact_attention_in_the_limits(variant, attention):
     assert largest_error(out, expected) < (2e-2 if variant == "dtypes" else 1e-5)
 
 
+@pytest.mark.once
 def test_no_batch_axes_and_several():
     layer, expected = clustered_layer(EXACT[1]), exact_layer()(X)
     assert largest_error(layer(X[0]), expected[0]) < 1e-5
     assert largest_error(layer(X[None]), expected[None]) < 1e-5
 
 
+@pytest.mark.once
 def test_masked_keys_have_no_influence():
     layer = clustered_layer(EXACT[1], in_kv_features=6)
     memory = MEMORY.at[:, 5:].set(jnp.nan)
@@ -192,6 +196,7 @@ def test_masked_keys_have_no_influence():
     assert largest_error(by_length, expected) < 1e-5
 
 
+@pytest.mark.once
 def test_query_lengths_leave_padding_out():
     layer = clustered_layer()
     lengths = jnp.array([7, 7])
@@ -209,7 +214,7 @@ def test_masks_of_queries_are_refused():
         layer(X, is_causal=True)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_kv_heads": 2}], ids=["mha", "gqa"])
+@pytest.mark.parametrize("kwargs", others_once({"num_kv_heads": 2}, {}), ids=["gqa", "mha"])
 def test_decoding_is_exact(kwargs):
     layers = [f(decode=True, **kwargs) for f in (clustered_layer, exact_layer)]
     steps = []
@@ -233,6 +238,7 @@ def test_a_causal_flag_does_not_hide_what_was_decoded():
         assert largest_error(layer(x, is_causal=True), expected(x)) < 1e-5
 
 
+@pytest.mark.once
 def test_dropout_of_weights_is_refused():
     layer = clustered_layer(dropout_rate=0.5)
     with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5 is not supported"):
@@ -261,6 +267,7 @@ def test_fresh_equal_attentions_cost_one_trace():
     assert traces == 2
 
 
+@pytest.mark.once
 def test_attention_can_be_replaced():
     layer = clustered_layer()
     layer.attention_fn = EXACT[1]
@@ -276,6 +283,7 @@ def test_default_attention():
     assert layer.attention_fn == ClusteredAttention()
 
 
+@pytest.mark.once
 def test_two_layers_share_clusters(monkeypatch):
     first, second = clustered_layer(seed=1), clustered_layer(seed=2)
     clusters = first.cluster(X, mask=PADDING)
@@ -295,6 +303,7 @@ def test_two_layers_share_clusters(monkeypatch):
     assert largest_error(out, second.out(expected)) < 1e-6
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kwargs", [{}, {"normalize_qk": True}], ids=["plain", "normalize_qk"])
 @pytest.mark.parametrize("space", ["query", "logit"])
 def test_clusters_are_those_of_a_call(space, kwargs):
@@ -306,7 +315,7 @@ def test_clusters_are_those_of_a_call(space, kwargs):
     assert largest_error(out, layer(X, MEMORY, **about_keys)) == 0
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", others_once(True, False))
 def test_gradients(remat):
     def gradients(layer, call):
         loss = nnx.grad(lambda layer: jnp.sum(jnp.sin(call(layer, X, mask=PADDING))))
@@ -320,6 +329,7 @@ def test_gradients(remat):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.once
 def test_transforms_may_close_over_a_layer():
     layer = clustered_layer(EXACT[1])
     out = jax.jit(jax.vmap(lambda x: layer(x, key_value_seq_lengths=jnp.array(5))))(X)
@@ -371,6 +381,7 @@ class Copier(nnx.Module):
         return self.head(x + self.attention(x))
 
 
+@pytest.mark.once
 def test_training_lowers_the_loss():
     tokens = jax.random.randint(jax.random.key(0), (16, LENGTH), 0, 5)
     model = Copier(5, rngs=nnx.Rngs(0))

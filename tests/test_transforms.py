@@ -51,16 +51,19 @@ def assert_close(actual, expected, tolerance=1e-5):
         assert largest_error(x, y) <= tolerance
 
 
+@pytest.mark.once
 def test_jit_changes_nothing(qkv):
     assert_close(jax.jit(attention)(*qkv), attention(*qkv), 1e-6)
 
 
+@pytest.mark.once
 def test_two_runs_are_equal_bit_by_bit(qkv):
     np.testing.assert_array_equal(attention(*qkv), attention(*qkv))
     for x, y in zip(gradients(*qkv), gradients(*qkv), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.once
 def test_vmap_is_a_loop_and_a_batch_axis(qkv):
     lengths = jnp.array([24, 15]), jnp.array([9, 24])
 
@@ -75,6 +78,7 @@ def test_vmap_is_a_loop_and_a_batch_axis(qkv):
     assert_close(mapped, one(*qkv, *lengths))
 
 
+@pytest.mark.once
 def test_vmap_over_queries_alone(qkv):
     query, key, value = qkv
     mapped = jax.vmap(attention, in_axes=(0, None, None))(query, key[0], value[0])
@@ -82,6 +86,7 @@ def test_vmap_over_queries_alone(qkv):
     assert_close(mapped, looped)
 
 
+@pytest.mark.once
 def test_vmap_over_random_keys(qkv):
     rngs = jax.random.split(jax.random.key(0), 3)
     mapped = jax.vmap(lambda rng: attention(*qkv, rng=rng))(rngs)
@@ -90,12 +95,14 @@ def test_vmap_over_random_keys(qkv):
     assert np.abs(mapped[0] - mapped[1]).max() > 1e-3
 
 
+@pytest.mark.once
 def test_vmap_of_gradients_is_a_loop(qkv):
     mapped = jax.vmap(gradients)(*qkv)
     looped = [gradients(*(x[i] for x in qkv)) for i in range(2)]
     assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *looped))
 
 
+@pytest.mark.once
 def test_checkpoint_changes_no_gradient(qkv):
     @jax.jit
     def checkpointed(*qkv):
@@ -105,6 +112,7 @@ def test_checkpoint_changes_no_gradient(qkv):
     assert_close(checkpointed(*qkv), gradients(*qkv))
 
 
+@pytest.mark.once
 def test_forward_mode_equals_reverse_mode(qkv, other_qkv):
     tangents = other_qkv
 
@@ -117,6 +125,7 @@ def test_forward_mode_equals_reverse_mode(qkv, other_qkv):
     np.testing.assert_allclose(both(qkv, tangents), reverse, rtol=1e-4)
 
 
+@pytest.mark.once
 def test_scan_over_layers_is_a_loop():
     hidden = make_inputs(BY_NAME["plain"]).query
     weights = jnp.asarray(0.4 * np.random.default_rng(0).standard_normal((2, 3, 8, 8)), jnp.float32)
@@ -197,6 +206,7 @@ class TestClusteredAttention:
             jax.eval_shape(functools.partial(call, other), *qkv)
             assert len(traces) == number
 
+    @pytest.mark.once
     @pytest.mark.parametrize(
         "changes",
         [
@@ -212,6 +222,7 @@ class TestClusteredAttention:
         changes = {name: x for name, x in changes.items() if name != "seed"}
         np.testing.assert_array_equal(out, attention(*qkv, rng=rng, **changes))
 
+    @pytest.mark.once
     def test_arguments_are_passed_on(self):
         inputs = make_inputs(BY_NAME["everything"])
         settings = SETTINGS | {"space": "logit"}
@@ -224,6 +235,7 @@ class TestClusteredAttention:
             clustax.clustered_attention(*inputs[:5], **lengths, **settings),
         )
 
+    @pytest.mark.once
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bool_])
     def test_masks_of_any_dtype(self, dtype, qkv):
         mask = np.random.default_rng(0).random((2, 1, 1, 24)) < 0.6
@@ -265,6 +277,7 @@ class TestFlax:
         by_hand = module.out(attention(*qkv, mask=valid[:, None, None]))
         assert_close(out, by_hand, 1e-6)
 
+    @pytest.mark.once
     def test_nnx_with_all_keys_is_exact(self, hidden, valid):
         mask = nnx.make_attention_mask(jnp.ones((2, 1)), valid)
         exact = self.nnx_module(nnx.dot_product_attention)(hidden, mask=mask)
@@ -272,6 +285,7 @@ class TestFlax:
         out = self.nnx_module(ClusteredAttention(**settings))(hidden, mask=mask)
         assert_close(out, exact)
 
+    @pytest.mark.once
     def test_linen_with_all_keys_is_exact(self, hidden, valid):
         mask = linen.make_attention_mask(jnp.ones((2, 1)), valid)
         build = functools.partial(
