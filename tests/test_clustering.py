@@ -136,6 +136,7 @@ def test_random_points_are_clustered_as_well_as_by_hand(implementation):
         np.testing.assert_allclose(cost, cost_by_hand, rtol=0.01)
 
 
+@pytest.mark.once
 @given(seed=SEEDS, metric=st.sampled_from(["hamming", "euclidean"]))
 def test_cost_never_rises(seed, metric):
     query = jnp.asarray(
@@ -169,6 +170,7 @@ def test_cost_never_rises(seed, metric):
     assert (np.diff(costs, axis=0) <= 1e-4).all()
 
 
+@pytest.mark.once
 def test_accelerators_find_the_same_nearest_centroids(accelerator):
     """A minimum over all centroids at once in place of a loop over them."""
     codes, bits = random_codes(0, num_bits=4)
@@ -187,10 +189,12 @@ def test_accelerators_find_the_same_nearest_centroids(accelerator):
     np.testing.assert_array_equal(distance, distances.min(axis=1))
 
 
+@pytest.mark.once
 def test_cpus_find_the_nearest_centroids():
     test_accelerators_find_the_same_nearest_centroids(None)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
 def test_accelerators_find_the_same_clusters(metric, request):
     inputs = make_inputs(BY_NAME["everything"])
@@ -209,6 +213,7 @@ def test_accelerators_find_the_same_clusters(metric, request):
     np.testing.assert_array_equal(clusters.counts, expected.counts)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("num_iterations", [3, 5, 10])
 @pytest.mark.parametrize("num_clusters", [25, 100])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -237,6 +242,7 @@ def test_inertia_of_real_queries_is_that_of_scikit_learn(num_clusters, num_itera
         assert inertia <= 1.03 * rivals_inertia
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("head_bytes", [1, 2 * 2**20, 2**30])
 def test_heads_are_mapped_one_or_more_at_a_time(head_bytes):
     x = jnp.arange(2 * 3 * 4.0).reshape(2, 3, 4)
@@ -253,6 +259,7 @@ def test_heads_are_mapped_one_or_more_at_a_time(head_bytes):
     np.testing.assert_allclose(gradient, jnp.cos(x) * y["a"][..., None], rtol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("head_bytes", [1, 2**19, 2**30])
 def test_heads_are_mapped_wherever_their_axis_is(head_bytes):
     rng = np.random.default_rng(0)
@@ -284,6 +291,7 @@ def test_heads_are_mapped_wherever_their_axis_is(head_bytes):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("width", [16, 32])
 def test_ones_are_counted_in_fields_of_any_width(width):
     """Sequences of 2^16 and more codes need fields of 32 bits, shorter ones 16."""
@@ -296,6 +304,7 @@ def test_ones_are_counted_in_fields_of_any_width(width):
     np.testing.assert_array_equal(ones, expected)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("length", [2**16 - 1, 2**16 + 4])
 def test_majorities_of_long_clusters_do_not_overflow(length):
     """Nearly all codes are 1, and both centroids start there: the first one gets all and keeps the
@@ -307,6 +316,7 @@ def test_majorities_of_long_clusters_do_not_overflow(length):
     assert counts.tolist() == [length - 3, 3]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_padding_starts_no_centroid_whatever_it_holds(implementation):
     query = np.random.default_rng(0).standard_normal((1, LENGTH, 2, 3)).astype(np.float32)
@@ -328,6 +338,7 @@ def test_padding_starts_no_centroid_whatever_it_holds(implementation):
     assert (clusters.counts[:, :, 1] > 0).all()
 
 
+@pytest.mark.once
 def test_bits_beyond_the_last_one_do_not_count():
     codes, bits = random_codes(0, num_bits=64)
     settings = {
@@ -371,6 +382,7 @@ def test_more_clusters_than_queries_need_no_points(metric, monkeypatch):
     np.testing.assert_array_equal(clusters.counts, [[[1, 1, 1]]] * 2)
 
 
+@pytest.mark.once
 def test_start_is_where_it_is_told():
     """One assignment, to the queries at the positions that are given."""
     query = jnp.asarray(np.random.default_rng(0).standard_normal((LENGTH, 2, 3)), jnp.float32)
@@ -396,6 +408,7 @@ def cluster_some(rng, **settings):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
 def test_clusters_depend_on_the_rng_alone(metric):
     cluster = functools.partial(cluster_some, metric=metric)
@@ -405,6 +418,7 @@ def test_clusters_depend_on_the_rng_alone(metric):
     assert (cluster(jax.random.key(7)) != cluster(jax.random.key(8))).any()
 
 
+@pytest.mark.once
 def test_rng_moves_both_planes_and_start():
     query = make_inputs(BY_NAME["plain"]).query
     planes = lsh.hash_planes(jax.random.key(0), num_bits=64, head_dim=query.shape[-1])
@@ -455,6 +469,7 @@ def test_each_query_is_a_cluster_where_there_are_enough(num_clusters, metric, im
         np.testing.assert_array_equal(clusters.counts[entry], np.stack([expected < 10] * 2))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
 def test_padded_queries_have_no_influence(metric):
     case = BY_NAME["padding"]
@@ -479,6 +494,7 @@ def test_padded_queries_have_no_influence(metric):
     np.testing.assert_array_equal(alone.assignment, expected.assignment[1, :, :13])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("length", [0, 1, 3])
 @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
 def test_fewer_valid_queries_than_clusters(metric, length):
@@ -510,6 +526,7 @@ class TestLogitSpace:
             distances = ((points[:, None] - points) ** 2).sum(axis=-1)
             np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
+    @pytest.mark.once
     @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
     def test_what_no_key_sees_does_not_count(self, metric):
         """The first axis makes groups of queries, the others are loud but all keys are 0 there."""
@@ -530,6 +547,7 @@ class TestLogitSpace:
         assert agreement(cluster(key=key)) > 0.95
         assert agreement(cluster()) < 0.8
 
+    @pytest.mark.once
     @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
     def test_masked_keys_have_no_influence(self, metric):
         inputs = make_inputs(BY_NAME["everything"])
@@ -567,6 +585,7 @@ class TestLogitSpace:
             cluster(inputs.query + 4).assignment, cluster(inputs.query).assignment
         )
 
+    @pytest.mark.once
     def test_each_head_has_a_mask_of_its_own(self):
         inputs = make_inputs(BY_NAME["everything"])
         clusters = clustax.cluster_queries(
@@ -582,6 +601,7 @@ class TestLogitSpace:
             )
             np.testing.assert_array_equal(clusters.assignment[:, head], alone.assignment[:, 0])
 
+    @pytest.mark.once
     @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
     @pytest.mark.parametrize(
         "keys", ["equal", "zero", "one", "low_rank", "none_valid", "tiny", "huge"]
@@ -611,6 +631,7 @@ class TestLogitSpace:
         np.testing.assert_array_equal(clusters.counts.sum(axis=-1), 24)
 
 
+@pytest.mark.once
 def test_half_precision_is_clustered_in_single_precision():
     """bfloat16 holds 8 bits: distances of neighbours would be lost."""
     query = jnp.asarray(256 + np.arange(0, 40, 2), jnp.bfloat16).reshape(20, 1, 1)
