@@ -146,7 +146,9 @@ def programs(
     """What is measured of each of these, compiled, by its name and pass."""
     lowered = {}
     for name, attention in attentions.items():
-        passes = dict(zip(PASSES[1:], (attention, with_gradient(attention)), strict=True))
+        passes: dict[str, Callable[..., Any]] = dict(
+            zip(PASSES[1:], (attention, with_gradient(attention)), strict=True)
+        )
         if isinstance(attention, ClusteredAttention):
             passes[CLUSTERS] = lambda q, k, _, find=attention.cluster: find(q, k)
         for measured, function in passes.items():
@@ -170,8 +172,8 @@ def measure(
     """Times all programs of one length."""
     runs = {key: partial(_run, program, arrays) for key, program in found.items()}
     return [
-        Row(*key, arrays[0].shape[1], _per_call(times), _peak(found[key]))
-        for key, times in take_turns(runs, settings.rounds, advance).items()
+        Row(name, measured, arrays[0].shape[1], _per_call(times), _peak(found[name, measured]))
+        for (name, measured), times in take_turns(runs, settings.rounds, advance).items()
     ]
 
 

@@ -3,10 +3,13 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class Times:
 
 
 def take_turns(
-    rivals: Mapping[str, Callable[[], None]],
+    rivals: Mapping[Name, Callable[[], None]],
     rounds: int,
     advance: Callable[[], None] = lambda: None,
     budget: float = math.inf,
-) -> dict[str, Times]:
+) -> dict[Name, Times]:
     """Times all rivals in turn, round after round.
 
     Each turn is two runs of which the second counts: the first one brings back what the rival
@@ -49,7 +52,7 @@ def take_turns(
         budget: seconds for one rival; when its counted runs took half of it, it has no more turns,
             but at least two.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[Name, list[float]] = {name: [] for name in rivals}
     for number in range(rounds):
         for name, run in rivals.items():
             if number < 2 or 2 * sum(seconds[name]) < budget:
