@@ -461,6 +461,7 @@ def accelerator(record: Mapping[str, Any]) -> str:
 SECTIONS = {
     "accelerator/h200": accelerator,
     "aot/jax-0.10": aot,
+    "aot/jax-0.12": aot,
     "asr_ctc/results": asr_ctc,
     "breakdown": breakdown,
     "copy_task/results": copy_task,
