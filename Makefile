@@ -7,8 +7,8 @@
 #   make pareto   error against time, for many settings
 #   make copy     train models on the paper's copy task, about a quarter of an hour on 2 cores
 #   make asr      train speech recognisers with each attention, an hour and a half on 2 cores
-#   make glue     fine-tune on GLUE's tasks: GLUE=DIR has their folders
-#   make squad    fine-tune a reader, by folds: SQUAD=FILE is SQuAD's JSON
+#   make glue     fine-tune on GLUE's tasks: GLUE=DIR has their folders; about 40 minutes
+#   make squad    fine-tune a reader, by folds: SQUAD=FILE is SQuAD's JSON; about 20 minutes
 #   make aot      compile kernels and programs for TPUs and GPUs that are not there; hours on 2 cores
 #                 (PRESET=quick make aot compiles each kernel for two of them, in minutes)
 # Results go to results/. Those in the README are kept in experiments/results:
@@ -33,7 +33,7 @@ pytest := $(python) -m pytest -n auto --dist worksteal
 swap := $(python) -m experiments.pretrained_swap
 glue = $(python) -m experiments.glue cpu --data $(GLUE)
 squad = $(python) -m experiments.squad cpu --train $(SQUAD)
-longer := --tuning.max-tokens 500000
+longer := --tuning.max-tokens 500000 --reverse-tasks MRPC RTE
 results := experiments/results
 installed := $(VENV)/.installed-$(version)-$(EXTRAS)
 # Compilers are out of JAX's sight, or it would look for their accelerators.

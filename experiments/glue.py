@@ -123,9 +123,9 @@ PRESETS = {
         Settings(
             data=tyro.MISSING,
             tasks=("SST-2", "MRPC", "STS-B", "RTE"),
-            reverse_tasks=("MRPC", "RTE"),  # the texts of the others are hardly longer than k
+            reverse_tasks=("MRPC",),  # the texts of others are hardly longer than k, or too hard
             seeds=(0,),
-            tuning=FineTuning(max_tokens=250_000, learning_rate=3e-4),
+            tuning=FineTuning(max_tokens=200_000, learning_rate=3e-4),
         ),
     ),
     "paper": (
