@@ -33,8 +33,8 @@ def choose(
     The Pallas kernels are for TPUs and for Hopper and Blackwell GPUs: for those of
     ``jax.default_backend()``, or for those that a program is compiled for ahead of time, under
     ``jax.sharding.use_abstract_mesh`` with an abstract device. Elsewhere they are only interpreted,
-    under :data:`clustax.kernels.interpret`. Those for Blackwell never ran on one, and have to be
-    asked for.
+    under :data:`clustax.kernels.interpret`. Those for Blackwell, or any GPU under JAX 0.10, never
+    ran there, and have to be asked for.
 
     Args:
       implementation: a name, names to try in order, or None for the default order.
@@ -85,9 +85,13 @@ def _refusal(unfit: Callable[[], str | None], is_asked: bool) -> str | None:
     device = kernels.device()
     if device is None:
         return (
-            "its kernels are for TPUs, and from JAX 0.11 on for Hopper and Blackwell GPUs, "
-            f"not for this device under JAX {jax.__version__}"
+            "its kernels are for TPUs, and from JAX 0.10.2 on for Hopper and Blackwell GPUs (to "
+            f"interpret these, 0.11), not for this device under JAX {jax.__version__}"
         )
-    if device == "blackwell" and not is_asked:
-        return "its kernels for Blackwell GPUs have to be asked for: they never ran on one"
+    has_run = device != "blackwell" and jax.__version_info__ >= (0, 11)
+    if device in kernels.GPUS and not has_run and not is_asked:
+        return (
+            f"its kernels never ran on {device.capitalize()} GPUs under JAX {jax.__version__}, "
+            "and have to be asked for"
+        )
     return unfit()

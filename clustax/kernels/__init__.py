@@ -1,6 +1,6 @@
 """Pallas kernels of the hot path, one file a kernel; ``attend`` composes those of attention.
 
-They run on TPUs; ``gpu`` has those for GPUs, from JAX 0.11 on. ``with
+They run on TPUs; ``gpu`` has those for GPUs. ``with
 clustax.kernels.interpret("tpu"):``, or one of :data:`GPUS`, has them interpreted, wherever that
 is: slowly, for tests and debugging.
 """
@@ -23,7 +23,9 @@ interpret = jax.make_user_context(default_value=None)
 def device() -> str | None:
     """The device whose kernels a program that is traced now would run, or None if it has none."""
     found = interpret.value or _target()
-    return None if found in GPUS and jax.__version_info__ < (0, 11) else found
+    # The interpreter of JAX 0.10 has no matrix products of GPUs.
+    oldest = (0, 11) if interpret.value else (0, 10, 2)
+    return None if found in GPUS and jax.__version_info__ < oldest else found
 
 
 def _target() -> str | None:

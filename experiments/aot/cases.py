@@ -90,7 +90,7 @@ def programs(target: str, device: Any, selection: Selection) -> Iterator[Case]:
 
 
 def _has_kernels(target: str) -> bool:
-    return target in TPUS or (target in ("h100", "b200") and jax.__version_info__ >= (0, 11))
+    return target in TPUS or (target in ("h100", "b200") and jax.__version_info__ >= (0, 10, 2))
 
 
 def _attention(method: str, implementation: str, pass_: str, head_dim: int, length: int) -> Case:

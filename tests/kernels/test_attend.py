@@ -15,7 +15,7 @@ from tests.helpers import outputs_and_gradients, random_like_output, sizes_of
 
 HEAD_DIM, CLUSTERS, TOPK = 8, 100, 32
 on_gpus = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="this version of JAX has no kernels for GPUs"
+    jax.__version_info__ < (0, 11), reason="this version of JAX does not interpret kernels for GPUs"
 )
 
 

@@ -12,7 +12,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from clustax import attend, cluster_queries, kernels, kmeans, lsh, xla
-from clustax.implementations import choose
 from clustax.kernels.gpu import centroid_attention, grouped_attention
 from clustax.kernels.gpu import kmeans as gpu_kmeans
 from clustax.topk import largest
@@ -248,15 +247,6 @@ def test_attention_is_that_of_the_reference(name, settings):
     actual, expected = evaluate("pallas", jnp.bfloat16), evaluate("reference", jnp.float32)
     for each, exact in zip(actual, expected, strict=True):
         assert largest_error(each, exact) < 2e-2
-
-
-@pytest.mark.parametrize("device", kernels.GPUS)
-def test_those_that_never_ran_have_to_be_asked_for(device):
-    assert choose("pallas").name == choose(("pallas", "xla")).name == "pallas"
-    if device == "blackwell":
-        assert "asked for" in choose().refused["pallas"]
-    else:
-        assert choose().name == "pallas"
 
 
 def test_what_is_not_served_is_refused():

@@ -18,10 +18,6 @@ from clustax import kernels
 from clustax.kernels.centroid_attention import Shape
 from clustax.kernels.common import round_up
 
-# JAX 0.10, for which there are no such kernels, has other signatures and no name for the second.
-_load: Any = plgpu.load
-_InterpretParams: Any = getattr(plgpu, "InterpretGPUParams", None)
-
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -83,6 +79,12 @@ def load_rows(ref: Any) -> Shaped[Array, " n"]:
     return _load(ref, layout=ROWS, optimized=False)
 
 
+def _load(ref: Any, **options: Any) -> Shaped[Array, "..."]:
+    index = ((),) if jax.__version_info__ < (0, 11) else ()  # JAX 0.10 wants one
+    read: Any = plgpu.load
+    return read(ref, *index, **options)
+
+
 def launch(
     name: str,
     body: Callable[..., None],
@@ -92,7 +94,7 @@ def launch(
 ) -> list[Array]:
     """Runs ``body`` on references to operands and outputs, for every point of a grid."""
     body.__name__ = name  # how profilers show it
-    interpreted = _InterpretParams() if kernels.interpret.value else None
+    interpreted: Any = plgpu.InterpretGPUParams() if kernels.interpret.value else None
     return plgpu.kernel(
         body,
         out_type=list(outputs),

@@ -92,10 +92,13 @@ def add_each(
         plgpu.wgmma_wait(0)
         return
 
+    # Of a constant JAX 0.10 takes no array.
+    first = not anew if isinstance(anew, bool) else jnp.logical_not(anew)
+
     def multiply(done):
         for sums, factors in pairs:
             for number, (left, right) in enumerate(factors):
-                keeps = True if number else jnp.logical_not(anew)
+                keeps = True if number else first
                 plgpu.tcgen05_mma(sums, left, right, accumulate=keeps)
         plgpu.tcgen05_commit_arrive(done)
         plgpu.barrier_wait(done)
