@@ -466,7 +466,7 @@ SECTIONS = {
     "breakdown": breakdown,
     "copy_task/results": copy_task,
     "glue/results": glue,
-    "glue_rte/results": glue,
+    "glue_reverse/results": glue,
     "pareto": pareto,
     "pretrained_swap_text": swap_text,
     "pretrained_swap_text_imdb": swap_text,
