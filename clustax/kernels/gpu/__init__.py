@@ -18,6 +18,8 @@ from clustax import kernels
 from clustax.kernels.centroid_attention import Shape
 from clustax.kernels.common import round_up
 
+_versions: Any = plgpu  # for what differs between them
+
 HEIGHT = 64  # rows of a product of a warpgroup
 WIDTH = 64  # dims of vectors come in multiples of this: 128 bytes of bfloat16
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -81,8 +83,7 @@ def load_rows(ref: Any) -> Shaped[Array, " n"]:
 
 def _load(ref: Any, **options: Any) -> Shaped[Array, "..."]:
     index = ((),) if jax.__version_info__ < (0, 11) else ()  # JAX 0.10 wants one
-    read: Any = plgpu.load
-    return read(ref, *index, **options)
+    return _versions.load(ref, *index, **options)
 
 
 def launch(
@@ -94,7 +95,7 @@ def launch(
 ) -> list[Array]:
     """Runs ``body`` on references to operands and outputs, for every point of a grid."""
     body.__name__ = name  # how profilers show it
-    interpreted: Any = plgpu.InterpretGPUParams() if kernels.interpret.value else None
+    interpreted = _versions.InterpretGPUParams() if kernels.interpret.value else None
     return plgpu.kernel(
         body,
         out_type=list(outputs),
