@@ -226,7 +226,7 @@ def tile_queries(
     padded = assignment == num_clusters
     slot = jnp.where(padded, num_tiles * size, first_slot.at[assignment].get(mode="clip") + place)
     query = jnp.full(num_tiles * size, num_queries, jnp.int32)
-    query = query.at[slot].set(jnp.arange(num_queries), mode="drop")
+    query = query.at[slot].set(jnp.arange(num_queries, dtype=jnp.int32), mode="drop")
     tile_of_cluster = jnp.arange(num_tiles) - (tile_ends - tiles)[cluster]
     return Tiles(
         cluster=cluster,
@@ -256,7 +256,7 @@ def _places_by_counting(assignment: Int[Array, " T"], starts: Int[Array, " C"]) 
     blocks = jnp.pad(assignment, padding, constant_values=len(starts)).reshape(-1, block)
     row = jnp.arange(num_blocks)[:, None]
     members = jnp.zeros((num_blocks, len(starts)), jnp.int32).at[row, blocks].add(1, mode="drop")
-    earlier = jnp.cumsum(members, axis=0) - members
+    earlier = jnp.cumsum(members, axis=0, dtype=jnp.int32) - members
     is_same = blocks[:, :, None] == blocks[:, None]
     is_same &= jnp.arange(block)[:, None] > jnp.arange(block)
     place = earlier.at[row, blocks].get(mode="clip") + is_same.sum(axis=-1, dtype=jnp.int32)

@@ -326,17 +326,22 @@ def test_tiles_hold_each_query_once_with_its_cluster(num_clusters):
     assert (tiles.slot[assignment == num_clusters] >= slots.size).all()
 
 
-def test_counting_finds_the_places_that_sorting_does():
+@pytest.mark.parametrize("x64", [False, True])
+def test_counting_finds_the_places_that_sorting_does(x64):
+    with jax.enable_x64(x64):
+        places = list(find_places())
+    for found, counts, assignment in places:
+        assert found.dtype == np.int32
+        for cluster in range(5):
+            np.testing.assert_array_equal(found[assignment == cluster], np.arange(counts[cluster]))
+
+
+def find_places():
     assignment = np.random.default_rng(9).integers(6, size=1000, dtype=np.int32)
     counts = np.bincount(assignment, minlength=6)[:5]
     starts = jnp.asarray(np.cumsum(counts) - counts, jnp.int32)
-    places = [
-        np.asarray(find(jnp.asarray(assignment), starts))
-        for find in (xla._places_by_sorting, xla._places_by_counting)
-    ]
-    for cluster in range(5):
-        for found in places:
-            np.testing.assert_array_equal(found[assignment == cluster], np.arange(counts[cluster]))
+    for find in (xla._places_by_sorting, xla._places_by_counting):
+        yield np.asarray(find(jnp.asarray(assignment), starts)), counts, assignment
 
 
 @pytest.mark.once
