@@ -431,8 +431,13 @@ def squad(record: Mapping[str, Any]) -> str:
 
 
 def accelerator(record: Mapping[str, Any]) -> str:
-    """The table of experiments.accelerator, one for each pass."""
-    parts = []
+    """The tables of experiments.accelerator: errors, and one for each pass."""
+    header = ("relative error of", "output", "gradient of query", "of key", "of value")
+    errors = [
+        (check["attention"], *(f"{x:.1e}" for x in (check["output"], *check["gradients"])))
+        for check in record["checks"]
+    ]
+    parts = [markdown_table(header, errors)]
     for measured in dict.fromkeys(row["measured"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["measured"] == measured]
         lengths = sorted({row["length"] for row in rows})
