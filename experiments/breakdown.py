@@ -32,6 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from clustax import ClusteredAttention
+from experiments.common import hlo
 from experiments.common.timing import Times
 from experiments.swap import shared
 
@@ -279,17 +280,14 @@ def instructions_of(program: str | None) -> dict[str, Instruction]:
         line = ": ".join(calls[0]) if calls else ""
         return Instruction(opcode[1] if opcode else "", next(stages, REST), line)
 
-    computations = re.findall(
-        r"^(?:ENTRY )?%([\w.-]+) \(.*\{\n((?:  .*\n)+)\}", program, re.MULTILINE
-    )
-    fused = set(re.findall(r"calls=%([\w.-]+)", program))
+    bodies, inside = hlo.computations(program), hlo.fused(program)
     texts = {
         name: text
-        for computation, body in computations
-        if computation not in fused
+        for computation, body in bodies.items()
+        if computation not in inside
         for name, text in re.findall(r"^\s+(?:ROOT )?%([\w.-]+) = (.*)$", body, re.MULTILINE)
     }
-    products = {computation for computation, body in computations if " dot(" in body} & fused
+    products = {computation for computation in inside if " dot(" in bodies[computation]}
     found = {name: instruction(text) for name, text in texts.items()}
     for name, stage in _stages_of_products(products, texts, found).items():
         found[name] = found[name]._replace(stage=stage)

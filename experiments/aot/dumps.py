@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.common.hlo import computations, fused
+
 
 class Kernel(NamedTuple):
     """What a kernel takes.
@@ -84,10 +86,8 @@ def shared_memory(modules: Iterable[str]) -> dict[str, int]:
 
 def largest_array(hlo: str) -> int:
     """The number of elements of the largest array of a program; what is in a fusion is none."""
-    fused = set(re.findall(r" fusion\(.*\bcalls=%?([\w.\-]+)", hlo))
-    found = re.split(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$", hlo, flags=re.MULTILINE)
-    computations = zip(found[1::2], found[2::2], strict=True)
-    held = "".join(text for name, text in computations if name not in fused)
+    inside = fused(hlo)
+    held = "".join(text for name, text in computations(hlo).items() if name not in inside)
     shapes = re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]", held)
     return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
