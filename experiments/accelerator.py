@@ -70,6 +70,13 @@ class Settings:
     seed: int = 0
     output: Path = Path("results/accelerator")
 
+    def __post_init__(self) -> None:
+        """Refuses what would leave the profile out."""
+        if self.profiled not in self.lengths:
+            raise ValueError(
+                f"profiled must be one of lengths={self.lengths}, got {self.profiled}."
+            )
+
 
 class Row(NamedTuple):
     """One rival at one length."""

@@ -117,6 +117,8 @@ class Settings:
     """Bits in a hash code, of clustered and improved."""
     num_iterations: int = 10
     """Assignments in K-means, of clustered and improved; default has its own number."""
+    block_size: int | None = None
+    """Of a layer: positions that its feed-forward network takes at a time; all if None."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the inputs and of the layer's weights."""
     device: str | None = None
@@ -158,6 +160,7 @@ PRESETS = {
             measures="layer",
             lengths=tuple(2**power for power in range(9, 16)),
             memory_lengths=(4096, 16384, 32768),
+            block_size=1024,
             output=Path("results/scaling_layer"),
         ),
     ),
@@ -268,6 +271,7 @@ def prepare(
                 math.prod((settings.heads, settings.head_dim)),
                 settings.heads,
                 FEED_FORWARD * settings.heads * settings.head_dim,
+                block_size=settings.block_size,
                 rngs=nnx.Rngs(settings.seed),
             )
             layer.eval()

@@ -42,7 +42,7 @@ def swap_text(record: Mapping[str, Any]) -> str:
         (
             row["attention"],
             str(row["num_clusters"] or ""),
-            f"{row['token_cosine']:.3f}",
+            f"{row['token_cosine']:.3f}" + _spread(row["token_cosines"]),
             f"{row['document_cosine']:.3f}",
             f"{row['accuracy']:.1%}",
             f"{row['equal_labels']:.1%}",
@@ -51,11 +51,20 @@ def swap_text(record: Mapping[str, Any]) -> str:
         for row in record["scores"]
     ]
     settings = record["settings"]
+    seeds = (
+        "" if settings["seeds"] == 1 else f"means of {settings['seeds']} seeds, least and most; "
+    )
     caption = (
         f"{settings['documents']} documents of {record['mean_tokens']:.0f} tokens on average; "
-        f"k = {settings['topk']}; medians on {record['device']}, jax {record['versions']['jax']}."
+        f"k = {settings['topk']}; {seeds}medians on {record['device']}, "
+        f"jax {record['versions']['jax']}."
     )
     return f"{markdown_table(header, rows)}\n\n{caption}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The least and the most of several values."""
+    return f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
 
 
 def swap_speech(record: Mapping[str, Any]) -> str:

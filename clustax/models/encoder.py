@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from clustax import validation
 from clustax.masks import valid_positions
 from clustax.models.common import AttentionFn, dropout, layer_norm, one_per_layer
 
@@ -87,6 +88,10 @@ class EncoderLayer(nnx.Module):
     The attention is given anew to each call, so that layers share one compiled program. Dropout is
     that of the two parts' outputs; as in all NNX modules `eval()` turns it off, `train()` on.
 
+    On long sequences the hidden activations of the feed-forward network take most of the memory of
+    training. With a `block_size` it takes so many positions at a time, and computes them anew for
+    gradients.
+
     >>> import clustax
     >>> layer = EncoderLayer(32, 4, rngs=nnx.Rngs(0))
     >>> hidden, lengths = jnp.ones((2, 50, 32)), jnp.array([50, 20])
@@ -105,6 +110,7 @@ class EncoderLayer(nnx.Module):
         dropout_rate: float = 0.1,
         epsilon: float = 1e-5,
         key_bias: bool = True,
+        block_size: int | None = None,
         rngs: nnx.Rngs,
     ):
         """Creates random weights.
@@ -119,15 +125,21 @@ class EncoderLayer(nnx.Module):
             dropout_rate: in training, from 0 to 1.
             epsilon: what the norms add to the variance.
             key_bias: whether the projection of the keys has a bias.
+            block_size: of how many positions of a sequence the feed-forward network holds the
+                hidden activations at once, at least 1; of all if None. The outputs are the same.
             rngs: for the weights and for dropout, which makes a copy of its own.
 
         Raises:
-            ValueError: if the heads do not divide `d_model`, or the rate is none.
+            ValueError: if the heads do not divide `d_model`, the rate is none, or `block_size` is
+                below 1.
         """
+        if block_size is not None:
+            validation.at_least("block_size", block_size, 1)
         if not 0 <= dropout_rate <= 1:
             raise ValueError(f"dropout_rate must be from 0 to 1, got {dropout_rate}.")
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.norm_first = norm_first
+        self.block_size = block_size
         self.attention = Attention(d_model, num_heads, key_bias=key_bias, rngs=rngs)
         self.attention_norm = layer_norm(d_model, epsilon, rngs)
         self.feed_forward = FeedForward(d_model, d_ff, activation, rngs=rngs)
@@ -161,18 +173,34 @@ class EncoderLayer(nnx.Module):
             options = {} if lengths is None else options
             return self.attention(hidden, self.attention.key_value(hidden), attention_fn, **options)
 
-        hidden = self._add(attend, self.attention_norm, hidden)
-        return self._add(self.feed_forward, self.feed_forward_norm, hidden)
+        hidden += self.dropout(attend(self.attention_norm(hidden) if self.norm_first else hidden))
+        # Drawn here, as nothing in a block may change the state of the module.
+        draws = self.dropout.rngs is not None and not self.dropout.deterministic
+        key = self.dropout.rngs() if draws else None
+        return self._in_blocks(hidden, key)
 
-    def _add(
-        self,
-        part: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
-        norm: nnx.LayerNorm,
-        hidden: Float[Array, "B T D"],
+    def _in_blocks(self, hidden: Float[Array, "B T D"], key: Array | None) -> Float[Array, "B T D"]:
+        """Applies what looks at one position at a time, to all or to a block of them."""
+        batch, length, size = hidden.shape
+        if self.block_size is None or length <= self.block_size:
+            return self._after_attention(hidden, key)
+        num_blocks = -(-length // self.block_size)
+        block = -(-length // num_blocks)  # all blocks get about as many
+        hidden = jnp.pad(hidden, ((0, 0), (0, num_blocks * block - length), (0, 0)))
+        blocks = jnp.moveaxis(hidden.reshape(batch, num_blocks, block, size), 1, 0)
+        keys = None if key is None else jax.random.split(key, num_blocks)
+        apply = jax.checkpoint(self._after_attention)
+        blocks = jax.lax.map(lambda block: apply(*block), (blocks, keys))
+        return jnp.moveaxis(blocks, 0, 1).reshape(batch, -1, size)[:, :length]
+
+    def _after_attention(
+        self, hidden: Float[Array, "B T D"], key: Array | None
     ) -> Float[Array, "B T D"]:
         if self.norm_first:
-            return hidden + self.dropout(part(norm(hidden)))
-        return norm(hidden + self.dropout(part(hidden)))
+            update = self.feed_forward(self.feed_forward_norm(hidden))
+            return hidden + self.dropout(update, rngs=key)
+        hidden = self.attention_norm(hidden)
+        return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden), rngs=key))
 
 
 class Swappable(nnx.Module):
@@ -224,14 +252,15 @@ class Encoder(Swappable):
         dropout_rate: float = 0.1,
         epsilon: float = 1e-5,
         key_bias: bool = True,
+        block_size: int | None = None,
         rngs: nnx.Rngs,
     ):
         """Creates random weights.
 
         Args:
             num_layers: how many layers.
-            d_model, num_heads, d_ff, norm_first, activation, dropout_rate, epsilon, key_bias, rngs:
-                as for `EncoderLayer`.
+            d_model, num_heads, d_ff, norm_first, activation, dropout_rate, epsilon, key_bias,
+                block_size, rngs: as for `EncoderLayer`.
             attention_fn: called as `attention_fn(query, key, value, query_seq_lengths=lengths,
                 key_value_seq_lengths=lengths)`, and without the two where no lengths are given; one
                 for all layers, or a sequence of one per layer.
@@ -254,6 +283,7 @@ class Encoder(Swappable):
                     dropout_rate=dropout_rate,
                     epsilon=epsilon,
                     key_bias=key_bias,
+                    block_size=block_size,
                     rngs=rngs,
                 )
                 for _ in range(num_layers)

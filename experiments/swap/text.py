@@ -83,13 +83,16 @@ class Settings:
     """Documents encoded at once."""
     seed: int = 0
     """Chooses the documents, the hash planes and the first centroids."""
+    seeds: int = 1
+    """How many seeds of planes and centroids each attention gets, from that one on; scores are
+    means over them."""
     output: Path = Path("results/pretrained_swap_text")
     """Where the results go: this name with .json and with .png; earlier ones are overwritten."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         # A classifier needs documents of more than one class.
-        least = {"documents": 1, "training_documents": 20, "batch_size": 1, "topk": 0}
+        least = {"documents": 1, "training_documents": 20, "batch_size": 1, "topk": 0, "seeds": 1}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}.")
@@ -120,6 +123,7 @@ class Score(NamedTuple):
     num_clusters: int | None
     topk: int | None
     token_cosine: float
+    token_cosines: tuple[float, ...]  # of each seed; all others are means
     document_cosine: float
     accuracy: float
     equal_labels: float
@@ -208,24 +212,29 @@ def train_probe(embeddings: np.ndarray, labels: Sequence[str]) -> LogisticRegres
 
 def score(
     variant: Variant,
-    encoding: Encoding,
+    encodings: Sequence[Encoding],
     exact: Encoding,
     token_counts: np.ndarray,
     probe: LogisticRegression,
     labels: Sequence[str],
 ) -> Score:
-    """Compares what one model made of the documents with what the exact one did."""
-    found, original = probe.predict(encoding.embeddings), probe.predict(exact.embeddings)
+    """Compares what one model made of the documents, with each seed, with what exact did."""
+    original = probe.predict(exact.embeddings)
+    found = [probe.predict(each.embeddings) for each in encodings]
+    token_cosines = [np.average(each.cosines, weights=token_counts) for each in encodings]
+    document_cosines = [cosine(each.embeddings, exact.embeddings) for each in encodings]
+    times = Times(tuple(seconds for each in encodings for seconds in each.seconds.seconds))
     return Score(
         attention=variant.name,
         num_clusters=variant.num_clusters,
         topk=variant.topk,
-        token_cosine=float(np.average(encoding.cosines, weights=token_counts)),
-        document_cosine=float(cosine(encoding.embeddings, exact.embeddings).mean()),
-        accuracy=float(np.mean(found == np.asarray(labels))),
-        equal_labels=float(np.mean(found == original)),
-        seconds=encoding.seconds.median,
-        seconds_quartiles=encoding.seconds.quartiles,
+        token_cosine=float(np.mean(token_cosines)),
+        token_cosines=tuple(map(float, token_cosines)),
+        document_cosine=float(np.mean(document_cosines)),
+        accuracy=float(np.mean(np.equal(found, labels))),
+        equal_labels=float(np.mean(np.equal(found, original))),
+        seconds=times.median,
+        seconds_quartiles=times.quartiles,
     )
 
 
@@ -344,19 +353,16 @@ def picture(settings: Settings, exact: Bert, test: Split, scores: Sequence[Score
     query, key, _ = exact.projections(tokens, jnp.array([tokens.shape[1]]), PICTURED_LAYER)
     head = slice(PICTURED_HEAD, PICTURED_HEAD + 1)
     num_clusters = min(settings.clusters)
-    pictured = variants(settings, PICTURED, [num_clusters])
+    pictured = [variants(settings, name, num_clusters)[0] for name in PICTURED]
     attentions = {f"{v.name}, C={num_clusters}": v.attention for v in pictured if v.attention}
     maps = attention_maps(query[..., head, :], key[..., head, :], attentions)
     return draw(scores, maps, test.words[row])
 
 
-def variants(settings: Settings, names: Sequence[str], clusters: Sequence[int]) -> list[Variant]:
-    """Methods of these names, each with these numbers of clusters."""
-    return [
-        shared.variant(name, count, settings.topk, settings.seed)
-        for name in names
-        for count in clusters
-    ]
+def variants(settings: Settings, name: str, num_clusters: int) -> list[Variant]:
+    """A method with so many clusters, and with each of the seeds."""
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    return [shared.variant(name, num_clusters, settings.topk, seed) for seed in seeds]
 
 
 def run(settings: Settings, console: Console) -> None:
@@ -365,11 +371,14 @@ def run(settings: Settings, console: Console) -> None:
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with console.status("Fetching the model and the documents (up to 122 MB, the first time)"):
         exact, training, test = fetch(settings)
-    compared = [Variant(EXACT), *variants(settings, COMPARED, sorted(settings.clusters))]
+    compared = [[Variant(EXACT)]]  # the seeds of each attention
+    for name, count in itertools.product(COMPARED, sorted(settings.clusters)):
+        compared.append(variants(settings, name, count))
+    firsts = [seeds[0] for seeds in compared]
     token_counts = np.array([len(ids) for ids in test.token_ids])
     description = shared.describe(
         settings,
-        compared,
+        firsts,
         [MINILM, CORPORA[settings.corpus]],
         ("scikit-learn", "tokenizers"),
         min_words=MIN_WORDS,
@@ -377,7 +386,11 @@ def run(settings: Settings, console: Console) -> None:
         mean_tokens=float(token_counts.mean()),
     )
     journal = shared.open_journal(settings.output, description, console)
-    models = [exact.with_attention(v.attention) if v.attention else exact for v in compared]
+    models = [
+        exact.with_attention(variant.attention) if variant.attention else exact
+        for seeds in compared
+        for variant in seeds
+    ]
     known, encodings = (
         encode_all(rivals, split, part, settings.batch_size, journal, console)
         for rivals, split, part in (
@@ -386,17 +399,17 @@ def run(settings: Settings, console: Console) -> None:
         )
     )
     probe = train_probe(known[0].embeddings, training.labels)
-    scores = [
-        score(variant, encoding, encodings[0], token_counts, probe, test.labels)
-        for variant, encoding in zip(compared, encodings, strict=True)
-    ]
+    left, scores = iter(encodings), []
+    for seeds in compared:
+        own = list(itertools.islice(left, len(seeds)))
+        scores.append(score(seeds[0], own, encodings[0], token_counts, probe, test.labels))
     console.print(make_table(scores))
     console.print(
         f"{settings.documents} documents of {token_counts.mean():.0f} tokens on average, one is "
         f"{1 / settings.documents:.1%}. Cosines and labels are compared with the exact model's. "
         "± is half the interquartile range."
     )
-    shared.explain(compared, console)
+    shared.explain(firsts, console)
     record = description | {"scores": [row._asdict() for row in scores]}
     shared.write_results(settings.output, record, picture(settings, exact, test, scores), console)
     journal.remove()

@@ -1,5 +1,6 @@
 """The command that checks and times an accelerator, without one."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,12 @@ from experiments import accelerator
 from experiments.accelerator import PASSES, Row, Settings
 from experiments.common.timing import Times
 
-SETTINGS = Settings(lengths=(32,), heads=2, head_dim=8, clusters=4, topk=4, checked=32)
+SETTINGS = Settings(lengths=(32,), heads=2, head_dim=8, clusters=4, topk=4, profiled=32, checked=32)
+
+
+def test_the_profiled_length_is_one_of_those_that_run():
+    with pytest.raises(ValueError, match=r"profiled must be one of lengths=\(32,\), got 64"):
+        dataclasses.replace(SETTINGS, profiled=64)
 
 
 def row(attention: str, seconds: float, measured: str = PASSES[1]) -> Row:

@@ -150,14 +150,20 @@ def test_score():
         Times((0.4, 0.1, 0.2, 0.3, 0.5)),
     )
     counts, labels = np.array([30, 10, 10, 10]), ["x", "x", "y", "x"]
-    row = task.score(shared.variant(PAPER, 7, 5, 0), swapped, exact, counts, Probe(), labels)
+    variant = shared.variant(PAPER, 7, 5, 0)
+    row = task.score(variant, [swapped], exact, counts, Probe(), labels)
     assert row[:3] == (PAPER, 7, 5)
     np.testing.assert_allclose(row.token_cosine, 0.75)  # Weighted by tokens, not by documents.
     np.testing.assert_allclose(row.document_cosine, (1 - 1 - 0.28 + 0.6) / 4)
     assert (row.accuracy, row.equal_labels) == (0.75, 0.75)
     np.testing.assert_allclose((row.seconds, *row.seconds_quartiles), (0.3, 0.2, 0.4))
-    same = task.score(Variant("exact"), exact, exact, counts, Probe(), labels)
-    np.testing.assert_allclose(same[3:7], (1, 1, 0.5, 1))
+    same = task.score(Variant("exact"), [exact], exact, counts, Probe(), labels)
+    np.testing.assert_allclose((same.token_cosine, *same[5:8]), (1, 1, 0.5, 1))
+    both = task.score(variant, [swapped, exact], exact, counts, Probe(), labels)
+    np.testing.assert_allclose(both.token_cosines, (0.75, 1))
+    np.testing.assert_allclose(both.document_cosine, (row.document_cosine + 1) / 2)
+    assert (both.token_cosine, both.accuracy, both.equal_labels) == (0.875, 0.625, 0.875)
+    assert both.seconds == 0.35  # of all six
 
 
 def test_train_probe():
@@ -207,13 +213,15 @@ def tiny(monkeypatch):
 @pytest.mark.once
 def test_run(tiny, tmp_path, monkeypatch):
     """All of it, in two runs of which the first is killed."""
-    settings = task.Settings(documents=12, clusters=(2, 16), topk=3, output=tmp_path / "a" / "swap")
+    settings = task.Settings(
+        documents=12, clusters=(2, 16), topk=3, seeds=2, output=tmp_path / "a" / "swap"
+    )
     console = Console(record=True, width=80)
     encode, calls = task.encode, []
 
     def killed(*args):
         calls.append(args)
-        if len(calls) == 12:  # While the test documents are encoded.
+        if len(calls) == 16:  # While the test documents are encoded.
             raise KeyboardInterrupt
         return encode(*args)
 
@@ -254,6 +262,7 @@ def test_run(tiny, tmp_path, monkeypatch):
         ({"documents": 0}, "documents must be at least 1, got 0"),
         ({"training_documents": 19}, "training_documents must be at least 20, got 19"),
         ({"topk": -1}, "topk must be at least 0, got -1"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"clusters": (25, 0)}, r"clusters must .* got \(25, 0\)"),
     ],
 )

@@ -229,6 +229,59 @@ def test_rematerialisation_changes_no_gradient():
     )
 
 
+@pytest.mark.parametrize("norm_first", others_once(False, True))
+def test_blocks_change_no_output_and_no_gradient(norm_first):
+    def outputs(block_size):
+        encoder = make(norm_first=norm_first, block_size=block_size)
+
+        @nnx.jit
+        @nnx.value_and_grad(has_aux=True)
+        def loss(encoder, hidden):
+            out = jnp.where(VALID[..., None], encoder(hidden, LENGTHS), 0)
+            return jnp.sum(out**2), out
+
+        (_, out), gradient = loss(encoder, X)
+        return out, gradient
+
+    expected = outputs(None)
+    assert min(jnp.abs(x).max() for x in jax.tree.leaves(expected)) > 0
+    for block_size in (LENGTH, 4):  # one block; three, of which the last one is not full
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-5),
+            outputs(block_size),
+            expected,
+        )
+
+
+def test_each_block_has_a_dropout_of_its_own():
+    encoder = make(num_layers=1, norm_first=True, final_norm=False, block_size=3)
+    encoder = encoder.with_attention(lambda query, key, value: jnp.zeros_like(value))
+    same = jnp.broadcast_to(X[:, :1], X.shape)
+    out = encoder(same)
+    np.testing.assert_allclose(out, jnp.broadcast_to(out[:, :1], X.shape), rtol=1e-6)
+    encoder.train()
+    encoder.layers[0].attention.output.bias[...] = jnp.zeros(D)  # nothing to drop out but the rest
+    blocks = encoder(same).reshape(3, 3, 3, D)
+    assert jnp.abs(blocks[:, 0] - blocks[:, 1]).max() > 0.1
+    assert jnp.abs(blocks[:, 1] - blocks[:, 2]).max() > 0.1
+
+
+def test_blocks_save_the_memory_of_hidden_activations():
+    def bytes_per_position(block_size, length=4096):
+        layer = EncoderLayer(32, 2, 512, dropout_rate=0, block_size=block_size, rngs=nnx.Rngs(0))
+        graph, params, others = nnx.split(layer, nnx.Param, ...)
+
+        def loss(params, hidden):
+            layer = nnx.merge(graph, params, others)
+            return jnp.sum(layer(hidden, None, ROUGH) ** 2)
+
+        hidden = jax.ShapeDtypeStruct((1, length, 32), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / length
+
+    assert bytes_per_position(256) < bytes_per_position(None) - 2 * 4 * 512
+
+
 @pytest.mark.parametrize(
     ("mode", "attention_fn"),
     others_once(("eval", jax.nn.dot_product_attention), ("train", ROUGH)),
@@ -274,6 +327,8 @@ def test_callers_mistakes():
         EncoderLayer(12, 5, rngs=rngs)
     with pytest.raises(ValueError, match=r"dropout_rate must be from 0 to 1, got 1\.5"):
         EncoderLayer(12, 3, dropout_rate=1.5, rngs=rngs)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        EncoderLayer(12, 3, block_size=0, rngs=rngs)
     with pytest.raises(ValueError, match="one per layer, here 2, got 3"):
         Encoder(2, 12, 3, attention_fn=[ROUGH] * 3, rngs=rngs)
     with pytest.raises(ValueError, match="one per layer, here 2, got 1"):
