@@ -87,14 +87,15 @@ aot: $(compilers)/.installed
 	$(python) -m experiments.aot $(PRESET) --compilers $(compilers)
 
 publish: $(installed)
-	$(swap) text --output $(results)/pretrained_swap_text
-	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
+	$(swap) text --seeds 3 --output $(results)/pretrained_swap_text
+	$(swap) text --corpus imdb --seeds 3 --output $(results)/pretrained_swap_text_imdb
 	$(swap) speech --output $(results)/pretrained_swap_speech
 	$(swap) speech --model base --prompts 64 --clusters 100 --topk 32 \
 	  --output $(results)/pretrained_swap_speech_base
 	$(swap) speech --clips pocketsphinx --clusters 100 --topk 32 \
 	  --output $(results)/pretrained_swap_speech_clips
 	$(python) -m experiments.scaling cpu --output $(results)/scaling
+	$(python) -m experiments.scaling paper --output $(results)/scaling_layer
 	$(python) -m experiments.breakdown --output $(results)/breakdown
 	$(python) -m experiments.pareto --output $(results)/pareto
 	$(python) -m experiments.copy_task cpu --output $(results)/copy_task

@@ -161,7 +161,7 @@ def _nearest_point(
             return jnp.where(closer, distances[j], distance), jnp.where(closer, j, index)
 
         first = (distances[0], jnp.zeros(len(points), jnp.int32))
-        return lax.fori_loop(1, len(centroids), nearer, first, unroll=4)
+        return lax.fori_loop(1, len(centroids), nearer, first, unroll=8)
 
     def fused():
         return jnp.min(distances, axis=0), jnp.argmin(distances, axis=0).astype(jnp.int32)

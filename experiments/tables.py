@@ -488,6 +488,7 @@ SECTIONS = {
     "pretrained_swap_speech_base": swap_speech,
     "pretrained_swap_speech_clips": swap_speech,
     "scaling": scaling,
+    "scaling_layer": scaling,
     "squad/results": squad,
 }
 
