@@ -186,9 +186,15 @@ def describe(
         },
         "packages": [dataclasses.asdict(package) for package in packages],
         **others,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "device": f"{jax.devices()[0].device_kind}, {cores()} cores",
         "versions": versions,
     }
+
+
+def cores() -> int:
+    """How many this process may run on, which can be fewer than there are."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
 
 
 def open_journal(output: Path, description: Mapping[str, Any], console: Console) -> Journal:
