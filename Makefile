@@ -88,7 +88,7 @@ aot: $(compilers)/.installed
 
 publish: $(installed)
 	$(swap) text --seeds 3 --output $(results)/pretrained_swap_text
-	$(swap) text --corpus imdb --seeds 3 --output $(results)/pretrained_swap_text_imdb
+	$(swap) text --corpus imdb --output $(results)/pretrained_swap_text_imdb
 	$(swap) speech --output $(results)/pretrained_swap_speech
 	$(swap) speech --model base --prompts 64 --clusters 100 --topk 32 \
 	  --output $(results)/pretrained_swap_speech_base

@@ -23,7 +23,6 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,6 +37,7 @@ from experiments.common.packages import (
     Package,
     PackageUnavailableError,
 )
+from experiments.common.pictures import label_log_axis
 from experiments.common.speech import asterisk_prompts, spectrograms
 from experiments.common.text import DocumentsError
 from experiments.common.timing import Times, take_turns
@@ -540,10 +540,8 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             _name_point(axes, row, place(row))
     axes.set(xscale="log", yscale="log")
     axes.margins(0.13, 0.12)
-    for axis, ticks in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 5, 7))):
-        axis.set_major_locator(LogLocator(subs=ticks))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+    label_log_axis(axes.xaxis, (1, 2, 5))
+    label_log_axis(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
     axes.grid(alpha=0.3)
 
 

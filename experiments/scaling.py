@@ -38,6 +38,7 @@ from clustax.models.encoder import EncoderLayer
 from experiments.common.chunked import chunked_attention
 from experiments.common.journal import Journal
 from experiments.common.memory import peak_memory
+from experiments.common.pictures import label_log_axis
 from experiments.common.timing import Times, take_turns
 from experiments.swap import shared
 
@@ -576,6 +577,7 @@ def draw(settings: Settings, results: Results) -> Figure:
         memory.set(title=f"Peak memory, {measured}", ylabel="kB for each position")
         for axes in (time, memory):
             axes.set(xscale="log", yscale="log", xlabel="sequence length T")
+            label_log_axis(axes.yaxis, (1, 2, 5))
             axes.set_xticks(settings.lengths, [str(n) for n in settings.lengths], fontsize=8)
             axes.minorticks_off()
             axes.grid(alpha=0.3)
@@ -588,10 +590,9 @@ def draw(settings: Settings, results: Results) -> Figure:
 def _mark_crossovers(axes: Axes, results: Results, measured: str) -> None:
     """Marks where the clustered attentions get ahead of the fastest exact one."""
     for name in OURS:
-        length = results.crossover(measured, name)
-        if length is None:
+        length, lengths = results.crossover(measured, name), results.lengths(measured, name)
+        if length is None or length == lengths[0]:  # never, or always
             continue
-        lengths = results.lengths(measured, name)
         times = [1e6 * (results.seconds(measured, n, name) or 0) / n for n in lengths]
         height = math.exp(np.interp(math.log(length), np.log(lengths), np.log(times)))
         color = f"C{RIVALS.index(name)}"

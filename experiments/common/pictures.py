@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from clustax.diagnostics import Tried
 
@@ -79,3 +81,15 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarr
     low, high = 100 * np.array([row["difference_interval"] for row in rows]).T
     # A bootstrap's interval need not hold the value itself.
     return middle, np.maximum(0, [middle - low, high - middle])
+
+
+def label_log_axis(axis: Axis, digits: Sequence[float]) -> None:
+    """Labels a logarithmic axis with plain numbers, also where it is less than a decade long.
+
+    Args:
+        axis: of a panel.
+        digits: what is labelled, times powers of ten.
+    """
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
