@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from clustax import ClusteredAttention
 from clustax.diagnostics import ApproximationError, Tried
-from experiments.common.pictures import draw_costs, draw_maps
+from experiments.common.pictures import draw_costs, draw_maps, label_log_axis
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -35,3 +35,12 @@ def test_costs():
     np.testing.assert_allclose(lines["k = 0"], [[10, 0.5]])
     np.testing.assert_allclose(lines["k = 32"], [[20, 0.2], [30, 0.4]])
     np.testing.assert_array_equal(lines["exact"][:, 0], [25, 25])
+
+
+def test_log_axes_have_labels_within_a_decade():
+    axes = Figure().subplots()
+    axes.set(yscale="log", ylim=(15, 70))
+    label_log_axis(axes.yaxis, (1, 2, 5))
+    low, high = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    assert [label.get_text() for y, label in ticks if low <= y <= high] == ["20", "50"]
