@@ -186,15 +186,16 @@ def describe(
         },
         "packages": [dataclasses.asdict(package) for package in packages],
         **others,
-        "device": f"{jax.devices()[0].device_kind}, {cores()} cores",
+        "device": f"{jax.devices()[0].device_kind}, {cores()}",
         "versions": versions,
     }
 
 
-def cores() -> int:
+def cores() -> str:
     """How many this process may run on, which can be fewer than there are."""
     on_linux = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def open_journal(output: Path, description: Mapping[str, Any], console: Console) -> Journal:
