@@ -157,7 +157,8 @@ class Metric(NamedTuple):
       num_probes: of how many matrices of bfloat16 the sum is taken for scores.
       unpack: makes numbers (D n) of what memory holds.
       probe: what points are multiplied with for scores (C D), and what is added (C 1).
-      nearest: of scores (C n) and points: index of the nearest centroid, distance to it (1 n each).
+      nearest: of scores and indices of rows (C n each), and points: index of the nearest centroid,
+        distance to it (1 n each).
       update: the centroids (D C), from the sums of their members and the number of these.
     """
 
@@ -165,7 +166,7 @@ class Metric(NamedTuple):
     num_probes: int
     unpack: Callable[[Array], Array]
     probe: Callable[[Array], tuple[Array, Array]]
-    nearest: Callable[[Array, Array], tuple[Array, Array]]
+    nearest: Callable[[Array, Array, Array], tuple[Array, Array]]
     update: Callable[[Array, Array], Array]
 
 
