@@ -33,9 +33,14 @@ def _target() -> str | None:
     platform = jax.default_backend() if target is None else target.platform
     if platform == "tpu":
         return "tpu"
-    kind = jax.devices()[0].device_kind if target is None else target.device_kind
-    found = (name for name, kinds in GPUS.items() if set(kinds) & set(kind.split()))
+    found = (name for name, kinds in GPUS.items() if set(kinds) & set(kind().split()))
     return next(found, None)
+
+
+def kind() -> str:
+    """What JAX calls the device that a program which is traced now is for."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if target is None else target.device_kind
 
 
 def of(name: str) -> ModuleType:

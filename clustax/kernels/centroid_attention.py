@@ -435,7 +435,6 @@ def _forward(topk: int, num_keys: int, operands, share, found, scratch) -> None:
     phase, block = pl.program_id(1), pl.program_id(2)
     for_tiles = partial(_for_tiles, block, num_keys, operands.key.shape[0])
     for_all = partial(_for_all, operands.centroids.shape[1], for_tiles)
-    eighth = _iota((BITS, SUBLANES, LANES)).astype(jnp.float32)
     sublane = _iota((SUBLANES, LANES)).astype(jnp.float32)
 
     def add_weights(r, logits):
@@ -488,10 +487,18 @@ def _forward(topk: int, num_keys: int, operands, share, found, scratch) -> None:
     def insert_best(tile, left):
         best, _ = left
         ranks = rank[tile.number]
-        lowest = jnp.min(jnp.where(ranks == best, eighth, BITS), axis=0)
+        # By constants, as a vector of all of them would be kept in registers, and spilled; in four
+        # chains, which do not wait for one another.
+        lowest = jnp.full_like(sublane, BITS)
+        for start in range(0, BITS, SUBLANES):
+            of_chain = jnp.full_like(sublane, BITS)
+            for eighth in reversed(range(start, start + SUBLANES)):
+                of_chain = jnp.where(ranks[eighth] == best, eighth, of_chain)
+            lowest = jnp.minimum(lowest, of_chain)
         place = SUBLANES * lowest + sublane
         first = jnp.min(place, axis=0, keepdims=True)
-        ranks = jnp.where(eighth == jnp.where(place == first, lowest, -1), -jnp.inf, ranks)
+        taken = jnp.where(place == first, lowest, -1)
+        ranks = jnp.stack([jnp.where(taken == i, -jnp.inf, ranks[i]) for i in range(BITS)])
         rank[tile.number] = ranks
 
         # Keys of equal rank come in order, so those that are there stay before them.

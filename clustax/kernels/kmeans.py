@@ -28,6 +28,7 @@ LANES = 128
 PACKED = 16  # rows of bfloat16 in a register
 WORD = 32  # bits in a word of a code
 CHUNK = 256  # queries that are worked on at once; twice as many do not fit into registers
+FEW_REGISTERS = ("TPU v4",)  # kinds of TPUs that have 32, not 64: half as many queries fit
 EXACT = 2**24  # float32 holds all integers up to this one
 PARTS = 3  # numbers of bfloat16 that one of float32 is worth
 NEVER = float(jnp.finfo(jnp.float32).max)  # the score of a row that is no centroid
@@ -40,10 +41,13 @@ class KmeansBlocks:
     Attributes:
       queries: the number of queries, a multiple of 128; multiples of 256 are faster.
       heads: the number of heads, at least 1; it divides that of all heads.
+      chunk: the number of queries that are worked on at once, a multiple of 128; fewer where it
+        does not divide all queries of a step.
     """
 
     queries: int
     heads: int = 1
+    chunk: int = CHUNK
 
     def __post_init__(self):
         """Refuses sizes that the layout on chip does not allow."""
@@ -51,6 +55,8 @@ class KmeansBlocks:
             raise ValueError(f"queries must be a multiple of {LANES}, got {self.queries}.")
         if self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads}.")
+        if self.chunk < 1 or self.chunk % LANES:
+            raise ValueError(f"chunk must be a multiple of {LANES}, got {self.chunk}.")
 
     @classmethod
     def default(cls, num_heads: int, length: int, width: int, itemsize: int):
@@ -60,7 +66,8 @@ class KmeansBlocks:
         share = -(-length // -(-length // most))  # all blocks get about as many
         queries = round_up(share, LANES if share <= LANES else CHUNK)
         at_once = max(1, 2048 // queries)
-        return cls(queries, max(n for n in range(1, at_once + 1) if num_heads % n == 0))
+        heads = max(n for n in range(1, at_once + 1) if num_heads % n == 0)
+        return cls(queries, heads, CHUNK // 2 if kernels.kind() in FEW_REGISTERS else CHUNK)
 
 
 def refusal(length: int, width: int, dtype: jnp.dtype, num_clusters: int) -> str | None:
@@ -76,8 +83,9 @@ def refusal(length: int, width: int, dtype: jnp.dtype, num_clusters: int) -> str
     needed = (
         VMEM_BYTES // 2  # blocks
         + 4 * length  # distances
-        + round_up(rows, LANES) * dim * 4 * 6  # centroids, in their several forms
+        + round_up(rows, LANES) * dim * 4 * 8  # centroids, in their several forms
         + rows * CHUNK * 4 * 4  # scores
+        + 2 * _num_parts(dtype) * dim * CHUNK * 2
     )
     if needed > VMEM_BYTES:
         return f"T={length} queries in C={num_clusters} clusters exceed its memory"
@@ -149,7 +157,8 @@ class Metric(NamedTuple):
       num_probes: of how many matrices of bfloat16 the sum is taken for scores.
       unpack: makes numbers (D n) of what memory holds.
       probe: what points are multiplied with for scores (C D), and what is added (C 1).
-      nearest: of scores (C n) and points: index of the nearest centroid, distance to it (1 n each).
+      nearest: of scores and indices of rows (C n each), and points: index of the nearest centroid,
+        distance to it (1 n each).
       update: the centroids (D C), from the sums of their members and the number of these.
     """
 
@@ -157,7 +166,7 @@ class Metric(NamedTuple):
     num_probes: int
     unpack: Callable[[Array], Array]
     probe: Callable[[Array], tuple[Array, Array]]
-    nearest: Callable[[Array, Array], tuple[Array, Array]]
+    nearest: Callable[[Array, Array, Array], tuple[Array, Array]]
     update: Callable[[Array, Array], Array]
 
 
@@ -170,7 +179,7 @@ def hamming_metric(num_clusters: int, dim: int) -> Metric:
         offset = jnp.where(index < num_clusters, dim * scale / 2 + index, NEVER)
         return -scale / 2 * centroids.T, offset
 
-    def nearest(scores, points):
+    def nearest(scores, rows, points):
         best = jnp.min(scores, axis=0, keepdims=True)
         distance = jnp.floor(best / scale)
         return best - distance * scale, distance
@@ -189,9 +198,9 @@ def euclidean_metric(num_clusters: int, dim: int) -> Metric:
         offset = jnp.sum(rows**2, axis=1, keepdims=True)
         return -2 * rows, jnp.where(_iota(len(rows)) < num_clusters, offset, NEVER)
 
-    def nearest(scores, points):
+    def nearest(scores, rows, points):
         best = jnp.min(scores, axis=0, keepdims=True)
-        index = jnp.where(scores == best, _iota(len(scores)), num_clusters - 1)
+        index = jnp.where(scores == best, rows, num_clusters - 1)
         squares = jnp.sum(points.astype(jnp.float32) ** 2, axis=0, keepdims=True)
         return jnp.min(index, axis=0, keepdims=True), jnp.maximum(best + squares, 0)
 
@@ -231,7 +240,8 @@ def lloyd(
     heads, size = blocks.heads, blocks.queries
     if num_heads % heads:
         raise ValueError(f"heads must divide the {num_heads} heads of all, got {heads}.")
-    chunk = math.gcd(size, CHUNK)
+    chunk = math.gcd(size, blocks.chunk)
+    pairs = _pairs(points.dtype, metric.num_probes)
     num_blocks = -(-length // size)
     padding = ((0, 0), (0, 0), (0, num_blocks * size - length))
 
@@ -253,6 +263,7 @@ def lloyd(
         metric=metric,
         num_clusters=num_clusters,
         num_iterations=num_iterations,
+        pairs=pairs,
         # Some CPUs have no products of bfloat16.
         dot=partial(_dot, dtype=jnp.dtype(jnp.float32 if interpret else jnp.bfloat16)),
     )
@@ -272,9 +283,15 @@ def lloyd(
                 distance=pltpu.VMEM(
                     (heads, round_up(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
                 ),
-                probes=pltpu.VMEM((metric.num_probes, columns, metric.dim), jnp.bfloat16),
-                offset=pltpu.VMEM((columns, LANES), jnp.float32),
+                probes=pltpu.VMEM((heads, columns, len(pairs) * metric.dim), jnp.bfloat16),
+                offset=pltpu.VMEM((heads, columns, LANES), jnp.float32),
+                index=pltpu.VMEM((columns, LANES), jnp.float32),
                 members=pltpu.VMEM((columns, chunk), jnp.bfloat16),
+                parts=(
+                    pltpu.VMEM((2, PARTS, metric.dim, chunk), jnp.bfloat16)
+                    if points.dtype == jnp.float32
+                    else None
+                ),
                 fetched=pltpu.VMEM((width, LANES), points.dtype),
                 semaphore=pltpu.SemaphoreType.DMA,
             )
@@ -294,9 +311,11 @@ class Scratch(NamedTuple):
     centroids: Any  # heads D C
     sums: Any  # heads D+16 C; of the points of each cluster; from row D on, how many
     distance: Any  # heads T/128 128; from each query to its centroid; -1 if padded
-    probes: Any  # P C D
-    offset: Any  # C 128
+    probes: Any  # heads C pairs·D; what the parts of each pair are multiplied with
+    offset: Any  # heads C 128
+    index: Any  # C 128; of each row: read from here, it does not stay in registers
     members: Any  # C chunk; one-hot
+    parts: Any  # 2 P D chunk; of the points of two chunks; None if points are their only part
     fetched: Any  # R 128
     semaphore: Any
 
@@ -313,6 +332,7 @@ def _kernel(
     metric: Metric,
     num_clusters: int,
     num_iterations: int,
+    pairs: list[tuple[int, int]],
     dot: Callable[[Array, Array, int], Array],
 ):
     first_head = pl.program_id(0) * points_ref.shape[0]
@@ -320,7 +340,7 @@ def _kernel(
     size, chunk = points_ref.shape[2], scratch.members.shape[1]
 
     def head(h, _):
-        centroids, sums, distance = (ref.at[h] for ref in scratch[:3])
+        centroids, sums, distance, probes = (ref.at[h] for ref in scratch[:4])
 
         @pl.when((iteration == 0) & (block == 0))
         def _():
@@ -330,48 +350,66 @@ def _kernel(
         @pl.when(block == 0)
         def _():
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
+            probe, offset = metric.probe(centroids[...])
+            found = _parts(probe, metric.num_probes)
+            probes[...] = jnp.concatenate([found[j] for _, j in pairs], axis=1)
+            scratch.offset[h] = jnp.broadcast_to(offset, scratch.offset.shape[1:])
+            scratch.index[...] = jnp.broadcast_to(_iota(len(offset)), scratch.index.shape)
 
-        probe, offset = metric.probe(centroids[...])
-        for ref_index, part in enumerate(_parts(probe, metric.num_probes)):
-            scratch.probes[ref_index] = part
-        scratch.offset[...] = jnp.broadcast_to(offset, scratch.offset.shape)
+        members, parts = scratch.members, scratch.parts
+        last = size // chunk - 1
+
+        def wide(ref):
+            return jnp.concatenate([ref[...]] * (chunk // LANES), axis=1)
 
         def here(step):
             return pl.ds(pl.multiple_of(step * chunk, chunk), chunk)
 
-        def assign(step):
-            points = metric.unpack(points_ref[h, :, here(step)])
+        def prepare(step, place):
+            if parts is not None:
+                for i, part in enumerate(_parts(points_ref[h, :, here(step)], PARTS)):
+                    parts[place, i] = part
+
+        def parts_of(step, place):
+            if parts is None:
+                return [metric.unpack(points_ref[h, :, here(step)])]
+            return [parts[place, i] for i in range(PARTS)]
+
+        def assign(step, place):
             is_valid = valid_ref[h, :, here(step)] > 0
-            scores = jnp.concatenate([scratch.offset[...]] * (chunk // LANES), axis=1)
-            parts = _parts(points, PARTS)
-            for i in reversed(range(len(parts))):  # the smallest first
-                for j in reversed(range(max(1, metric.num_probes - i))):
-                    scores += dot(scratch.probes[j], parts[i], 0)
-            index, far = metric.nearest(scores, points)
-            index = jnp.where(is_valid, index.astype(jnp.int32), num_clusters)
+            found = parts_of(step, place)
+            # One product of all pairs fills the matrix unit where D does not.
+            stack = jnp.concatenate([found[i] for i, _ in pairs])
+            scores = wide(scratch.offset.at[h]) + dot(probes[...], stack, 0)
+            rows = wide(scratch.index)
+            index, far = metric.nearest(scores, rows, points_ref[h, :, here(step)])
+            index = jnp.where(is_valid, index, num_clusters)
             far = jnp.where(is_valid, far, -1)
-            assignment_ref[h, :, here(step)] = index
+            assignment_ref[h, :, here(step)] = index.astype(jnp.int32)
             first = (block * size + step * chunk) // LANES
             for row in range(chunk // LANES):
                 distance[pl.ds(first + row, 1), :] = far[:, row * LANES : (row + 1) * LANES]
-            is_member = lax.broadcasted_iota(jnp.int32, scores.shape, 0) == index
-            scratch.members[...] = is_member.astype(jnp.float32).astype(jnp.bfloat16)
+            members[...] = (rows == index).astype(jnp.float32).astype(jnp.bfloat16)
 
-        def add(step):
-            first, *rest = _parts(metric.unpack(points_ref[h, :, here(step)]), PARTS)
-            members = scratch.members[...]
+        def add(step, place):
+            first, *rest = parts_of(step, place)
             for part in reversed(rest):
-                sums[: metric.dim, :] += dot(part, members, 1)
+                sums[: metric.dim, :] += dot(part, members[...], 1)
             ones = jnp.ones((PACKED, chunk), jnp.bfloat16)
-            sums[...] += dot(jnp.concatenate([first, ones]), members, 1)
+            sums[...] += dot(jnp.concatenate([first, ones]), members[...], 1)
 
-        def add_and_assign(step, _):  # they do not wait for one another
-            add(step - 1)
-            assign(step)
+        def work(step, _):  # on three chunks, which do not wait for one another
+            place, other = lax.rem(step, 2), lax.rem(step + 1, 2)
+            add(jnp.maximum(step - 1, 0), other)
+            assign(step, place)
+            prepare(jnp.minimum(step + 1, last), other)
 
-        assign(0)
-        lax.fori_loop(1, size // chunk, add_and_assign, None)
-        add(size // chunk - 1)
+        members[...] = jnp.zeros_like(members)  # of a chunk before the first one
+        if parts is not None:
+            parts[1] = jnp.zeros_like(parts[1])
+        prepare(0, 0)
+        lax.fori_loop(0, last + 1, work, None)
+        add(last, last % 2)
 
         @pl.when(block == pl.num_programs(2) - 1)
         def _():
@@ -436,6 +474,17 @@ def _fetch(points, fetched, semaphore, unpack, position) -> Float[Array, "D 1"]:
     lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     numbers = unpack(fetched[...]).astype(jnp.float32)
     return jnp.sum(jnp.where(lane == position - first, numbers, 0), axis=1, keepdims=True)
+
+
+def _num_parts(dtype: jnp.dtype) -> int:
+    """How many numbers of bfloat16 one of a point takes; those of codes are 1 and -1."""
+    return PARTS if dtype == jnp.float32 else 1
+
+
+def _pairs(dtype: jnp.dtype, num_probes: int) -> list[tuple[int, int]]:
+    """Which parts of points and of probes are multiplied; what is smallest comes first."""
+    parts = reversed(range(_num_parts(dtype)))
+    return [(i, j) for i in parts for j in reversed(range(max(1, num_probes - i)))]
 
 
 def _parts(x: Float[Array, "n m"], count: int) -> list[Float[Array, "n m"]]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from clustax import kernels, kmeans, lsh
 from clustax.kernels import kmeans as kernel
@@ -23,9 +24,9 @@ def arguments(points):
     return points, jnp.asarray(start, jnp.int32), valid
 
 
-def assert_same(metric, *args, **settings):
+def assert_same(metric, *args, blocks=BLOCKS, **settings):
     with kernels.interpret("tpu"):
-        actual = getattr(kernel, metric)(*args, **settings, blocks=BLOCKS)
+        actual = getattr(kernel, metric)(*args, **settings, blocks=blocks)
     expected = jax.vmap(functools.partial(getattr(kmeans, metric), **settings))(*args)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
@@ -40,7 +41,17 @@ def test_codes(num_bits):
 def test_points():
     points = np.random.default_rng(0).standard_normal((2, LENGTH, 7), np.float32)
     points[1, 90:] = np.nan
-    assert_same("euclidean", *arguments(jnp.asarray(points)), num_iterations=4)
+    args = arguments(jnp.asarray(points))
+    assert_same("euclidean", *args, num_iterations=4)
+    several = kernel.KmeansBlocks(queries=256, heads=1, chunk=128)  # two chunks in a step
+    assert_same("euclidean", *args, num_iterations=4, blocks=several)
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [("TPU v4", 128), ("TPU v5 lite", 256)])
+def test_fewer_queries_at_once_where_registers_are_few(kind, chunk):
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="tpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        assert kernel.KmeansBlocks.default(8, 8192, 64, 4).chunk == chunk
 
 
 def test_blocks_that_do_not_fit_are_refused():
@@ -48,5 +59,7 @@ def test_blocks_that_do_not_fit_are_refused():
         kernel.KmeansBlocks(queries=100)
     with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
         kernel.KmeansBlocks(queries=128, heads=0)
+    with pytest.raises(ValueError, match="chunk must be a multiple of 128, got 64"):
+        kernel.KmeansBlocks(queries=128, chunk=64)
     assert "exceed what it can count" in (kernel.refusal(2**24, 64, jnp.dtype("float32"), 9) or "")
     assert kernel.refusal(2**16, 128, jnp.dtype("float32"), 128) is None
