@@ -175,8 +175,8 @@ class EncoderLayer(nnx.Module):
 
         hidden += self.dropout(attend(self.attention_norm(hidden) if self.norm_first else hidden))
         # Drawn here, as nothing in a block may change the state of the module.
-        draws = self.dropout.rngs is not None and not self.dropout.deterministic
-        key = self.dropout.rngs() if draws else None
+        rngs = self.dropout.rngs
+        key = None if rngs is None or self.dropout.deterministic else rngs()
         return self._in_blocks(hidden, key)
 
     def _in_blocks(self, hidden: Float[Array, "B T D"], key: Array | None) -> Float[Array, "B T D"]:
