@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.aot import gates
-from experiments.aot.targets import MIB, TARGETS
+from experiments.aot.targets import GPUS, MIB, TARGETS, TPUS
 from experiments.common.markdown import markdown_table
 
 # Published: docs.cloud.google.com/tpu/docs/v5e and /tpu7x, of whose chips each has two devices.
@@ -27,7 +27,9 @@ def aot(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     programs = record["programs"]
     parts = [_cycles(record["kernels"])] if record["kernels"] else []
-    parts += [_kernels(programs), _memory(programs)] if programs else []
+    for targets in (TPUS, GPUS):  # their kernels have other names, and take other things
+        of_these = [record for record in programs if record["target"] in targets]
+        parts += [_kernels(of_these), _memory(of_these)] if of_these else []
     parts.append(f"Compiled with {versions}.")
     failed = "\n".join(f"- {sentence}" for sentence in gates.failures(programs))
     return "\n\n".join([*parts, f"What does not hold:\n\n{failed}"] if failed else parts)
