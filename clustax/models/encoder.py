@@ -190,7 +190,7 @@ class EncoderLayer(nnx.Module):
         blocks = jnp.moveaxis(hidden.reshape(batch, num_blocks, block, size), 1, 0)
         keys = None if key is None else jax.random.split(key, num_blocks)
         apply = jax.checkpoint(self._after_attention)
-        blocks = jax.lax.map(lambda block: apply(*block), (blocks, keys))
+        blocks = jax.lax.map(lambda each: apply(*each), (blocks, keys))
         return jnp.moveaxis(blocks, 0, 1).reshape(batch, -1, size)[:, :length]
 
     def _after_attention(

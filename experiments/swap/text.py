@@ -371,9 +371,8 @@ def run(settings: Settings, console: Console) -> None:
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with console.status("Fetching the model and the documents (up to 122 MB, the first time)"):
         exact, training, test = fetch(settings)
-    compared = [[Variant(EXACT)]]  # the seeds of each attention
-    for name, count in itertools.product(COMPARED, sorted(settings.clusters)):
-        compared.append(variants(settings, name, count))
+    sizes = itertools.product(COMPARED, sorted(settings.clusters))
+    compared = [[Variant(EXACT)], *(variants(settings, *size) for size in sizes)]  # by seed
     firsts = [seeds[0] for seeds in compared]
     token_counts = np.array([len(ids) for ids in test.token_ids])
     description = shared.describe(
