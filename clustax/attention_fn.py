@@ -62,7 +62,7 @@ class ClusteredAttention:
     num_subclusters: int = 4
     scale: float | None = None
     num_bits: int = 64
-    num_iterations: int = 5
+    num_iterations: int = 3
     metric: str = "euclidean"
     space: str = "logit"
     seed: int = 0

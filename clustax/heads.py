@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree, Shaped
 
 # On a CPU the intermediate arrays of the heads in flight should stay in its caches: touching fresh
 # memory costs more there than the arithmetic on it.
-CPU_BYTES_IN_FLIGHT = 2**20
+CPU_BYTES_IN_FLIGHT = 2**22
 # A single head may need more. From a few times this on, each pass over such arrays gets slower.
 CPU_BYTES_IN_BLOCK = 2**24
 

@@ -316,8 +316,8 @@ def pool(
         sums = queries.sum(axis=1, keepdims=True, dtype=dtype)  # L 1 H
     else:
         sums = jnp.einsum(
-            "lmr,lmh->lrh",
-            jax.nn.one_hot(subclusters.run, num_subclusters, dtype=queries.dtype),
+            "lrm,lmh->lrh",
+            jax.nn.one_hot(subclusters.run, num_subclusters, axis=1, dtype=queries.dtype),
             queries,
             precision=lax.Precision.HIGHEST,
             preferred_element_type=dtype,
