@@ -193,7 +193,9 @@ def cluster_queries(
     covariance = None
     if key is not None:
         valid_keys = masks.valid_keys(mask, None, key_value_seq_lengths, key.shape[-3])
-        if metric == "euclidean" and _takes_covariance(query.dtype, settings["implementation"]):
+        is_pallas = settings["implementation"] == "pallas"
+        if metric == "euclidean" and is_pallas and query.dtype == jnp.bfloat16:
+            # Kernels take queries as they are, and the covariance of their keys besides.
             covariance = key_covariance(key, valid_keys, query.shape[-2])
         else:
             query = to_logit_space(query, key, settings["query_seq_lengths"], valid_keys)
@@ -251,11 +253,6 @@ def to_logit_space(
         head_bytes=8 * (length + num_keys) * head_dim,
     )  # B T K G H
     return out.reshape(shape)
-
-
-def _takes_covariance(dtype: jnp.dtype, implementation: str) -> bool:
-    """Whether K-means takes queries as they are, and the covariance of their keys besides."""
-    return implementation == "pallas" and kernels.device() in kernels.GPUS and dtype == jnp.bfloat16
 
 
 @partial(jax.jit, static_argnames="num_heads")

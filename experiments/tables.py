@@ -6,9 +6,11 @@ python -m experiments.tables
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from clustax import ClusteredAttention
 from experiments.aot.tables import aot
 from experiments.common.markdown import markdown_table
 from experiments.speech.decoding import Errors
@@ -493,6 +495,19 @@ SECTIONS = {
 }
 
 
+def earlier_default(record: Mapping[str, Any]) -> str:
+    """What the default had been when results were made, where it has changed since."""
+    now = asdict(ClusteredAttention())
+    changed = {
+        f"{name}={value!r}"
+        for label, settings in record.get("attentions", {}).items()
+        if label.startswith("improved (default), ")
+        for name, value in settings.items()
+        if name not in ("num_clusters", "topk") and value != now[name]
+    }
+    return f" The default of then: {', '.join(sorted(changed))}." if changed else ""
+
+
 def fill_in(text: str, results: Path) -> str:
     """Replaces what stands between `<!-- results: NAME -->` and `<!-- end -->`.
 
@@ -506,7 +521,8 @@ def fill_in(text: str, results: Path) -> str:
 
     def fill(match: re.Match[str]) -> str:
         record = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
-        return f"{match[1]}\n{SECTIONS[match[2]](record)}\n{match[3]}"
+        section = SECTIONS[match[2]](record) + earlier_default(record)
+        return f"{match[1]}\n{section}\n{match[3]}"
 
     return re.sub(r"(<!-- results: ([\w/.-]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 

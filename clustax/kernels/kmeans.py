@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from clustax import kernels
-from clustax.kernels.common import VMEM_BYTES, round_up
+from clustax.kernels.common import VMEM_BYTES, bfloat16_parts, round_up
 
 LANES = 128
 PACKED = 16  # rows of bfloat16 in a register
@@ -130,23 +130,50 @@ def euclidean(
     points: Float[Array, "G T H"],
     start: Int[Array, "G C"],
     valid: Bool[Array, "G T"],
+    covariance: Float[Array, "G H H"] | None = None,
     *,
     num_iterations: int,
     blocks: KmeansBlocks | None = None,
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
     """Clusters points: as :func:`clustax.kmeans.euclidean` does; the rest is as in :func:`hamming`.
 
-    Points of bfloat16 take a third of the time, and give the same clusters as float32 ones.
+    Points of bfloat16 take a third of the time, and give the same clusters as float32 ones. With a
+    covariance M the squared distance of x and y is (x - y)ᵀ M (x - y).
     """
     if points.dtype != jnp.bfloat16:
         points = points.astype(jnp.float32)
     metric = euclidean_metric(start.shape[1], points.shape[2])
-    points = jnp.swapaxes(points, 1, 2)
-    return lloyd(metric, points, _starts(points, start), valid, num_iterations, blocks)
+    points = jnp.swapaxes(jnp.where(valid[..., None], points, 0), 1, 2)
+    starts = _starts(points, start)
+    if covariance is None:
+        norms = jnp.sum(points.astype(jnp.float32) ** 2, axis=1)
+        return lloyd(metric, points, starts, valid, num_iterations, blocks, norms)
+    count = jnp.maximum(valid.sum(axis=1), 1)[:, None, None]
+    mean = jnp.sum(points, axis=2, keepdims=True, dtype=jnp.float32) / count  # G H 1
+    norms = _norms(points, covariance, mean)
+    space = covariance, mean
+    return lloyd(metric, points, starts, valid, num_iterations, blocks, norms, space)
+
+
+def _norms(
+    points: Float[Array, "G H T"], covariance: Float[Array, "G H H"], mean: Float[Array, "G H 1"]
+) -> Float[Array, "G T"]:
+    """The squared distances of points from their mean."""
+    slope = jnp.matmul(covariance, mean, precision=lax.Precision.HIGHEST)
+    points = points.astype(jnp.float32)
+    # What was bfloat16 keeps all bits in the matrix unit's float32.
+    product = partial(jnp.matmul, precision=lax.Precision.DEFAULT)
+    parts = (part.astype(jnp.float32) for part in bfloat16_parts(covariance))
+    moved = sum((product(part, points) for part in parts), -2 * slope)
+    return jnp.sum(points * moved, axis=1) + jnp.sum(mean * slope, axis=1)
 
 
 def _starts(points: Shaped[Array, "G R T"], start: Int[Array, "G C"]) -> Shaped[Array, "G R C"]:
     return jnp.take_along_axis(points, start[:, None], axis=2)
+
+
+Space = tuple[Float[Array, "*G D D"], Float[Array, "*G D 1"]]
+"""The covariance of the keys, by which distances are measured, and the mean of the points."""
 
 
 class Metric(NamedTuple):
@@ -156,17 +183,18 @@ class Metric(NamedTuple):
       dim: the number D of numbers in a point.
       num_probes: of how many matrices of bfloat16 the sum is taken for scores.
       unpack: makes numbers (D n) of what memory holds.
-      probe: what points are multiplied with for scores (C D), and what is added (C 1).
-      nearest: of scores and indices of rows (C n each), and points: index of the nearest centroid,
-        distance to it (1 n each).
+      probe: what points are multiplied with for scores (C D), and what is added (C 1), for
+        centroids in a space.
+      nearest: of scores and indices of rows (C n each): index of the nearest centroid, distance to
+        it but for the norm of the point (1 n each).
       update: the centroids (D C), from the sums of their members and the number of these.
     """
 
     dim: int
     num_probes: int
     unpack: Callable[[Array], Array]
-    probe: Callable[[Array], tuple[Array, Array]]
-    nearest: Callable[[Array, Array, Array], tuple[Array, Array]]
+    probe: Callable[[Array, Space | None], tuple[Array, Array]]
+    nearest: Callable[[Array, Array], tuple[Array, Array]]
     update: Callable[[Array, Array], Array]
 
 
@@ -174,12 +202,12 @@ def hamming_metric(num_clusters: int, dim: int) -> Metric:
     """Scores are distance · scale + index: one minimum finds both."""
     scale = _power_of_two(num_clusters)
 
-    def probe(centroids):  # the distance is (D - the product) / 2
+    def probe(centroids, _):  # the distance is (D - the product) / 2
         index = _iota(centroids.shape[1])
         offset = jnp.where(index < num_clusters, dim * scale / 2 + index, NEVER)
         return -scale / 2 * centroids.T, offset
 
-    def nearest(scores, rows, points):
+    def nearest(scores, rows):
         best = jnp.min(scores, axis=0, keepdims=True)
         distance = jnp.floor(best / scale)
         return best - distance * scale, distance
@@ -191,18 +219,25 @@ def hamming_metric(num_clusters: int, dim: int) -> Metric:
 
 
 def euclidean_metric(num_clusters: int, dim: int) -> Metric:
-    """Scores are |c|² - 2 x·c, as |x|² is the same for all."""
+    """Scores are |c|² - 2 x·c, as |x|² is the same for all.
 
-    def probe(centroids):
-        rows = centroids.T
-        offset = jnp.sum(rows**2, axis=1, keepdims=True)
+    In a space they are (c - m)ᵀ M (c - m) - 2 (x - m)ᵀ M (c - m): from the mean on, points and
+    centroids have less to lose to rounding.
+    """
+
+    def probe(centroids, space):
+        moved, origin = centroids, 0
+        if space is not None:
+            covariance, origin = space
+            moved = jnp.dot(covariance, centroids - origin, precision=lax.Precision.HIGHEST)
+        rows = moved.T
+        offset = jnp.sum((centroids + origin).T * rows, axis=1, keepdims=True)
         return -2 * rows, jnp.where(_iota(len(rows)) < num_clusters, offset, NEVER)
 
-    def nearest(scores, rows, points):
+    def nearest(scores, rows):
         best = jnp.min(scores, axis=0, keepdims=True)
         index = jnp.where(scores == best, rows, num_clusters - 1)
-        squares = jnp.sum(points.astype(jnp.float32) ** 2, axis=0, keepdims=True)
-        return jnp.min(index, axis=0, keepdims=True), jnp.maximum(best + squares, 0)
+        return jnp.min(index, axis=0, keepdims=True), best
 
     def update(sums, counts):
         return sums / jnp.maximum(counts, 1)
@@ -229,8 +264,13 @@ def lloyd(
     valid: Bool[Array, "G T"],
     num_iterations: int,
     blocks: KmeansBlocks | None = None,
+    norms: Float[Array, "G T"] | None = None,
+    space: Space | None = None,
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
-    """Clusters points as memory holds them, from those that start the centroids."""
+    """Clusters points as memory holds them, from those that start the centroids.
+
+    To each distance that the metric finds the norm of the point is added.
+    """
     num_heads, width, length = points.shape
     num_clusters = starts.shape[2]
     columns = round_up(num_clusters, PACKED)
@@ -247,12 +287,14 @@ def lloyd(
 
     starts = jnp.pad(starts, ((0, 0), (0, 0), (0, columns - num_clusters)))
     points = jnp.pad(jnp.where(valid[:, None], points, 0), padding)
-    valid = jnp.pad(valid[:, None].astype(jnp.int32), padding)
+    # What does not count has a norm that none has.
+    norms = jnp.where(valid, 0.0 if norms is None else jnp.maximum(norms, 0), -1)[:, None]
+    norms = jnp.pad(norms, padding, constant_values=-1)
 
     def moving(rows):
         return pl.BlockSpec((heads, rows, size), lambda g, i, b: (g, 0, b))
 
-    def staying(rows):
+    def staying(rows, columns=columns):
         return pl.BlockSpec((heads, rows, columns), lambda g, i, b: (g, 0, 0))
 
     def after_last(g, i, b):  # what earlier iterations say is overwritten before it is moved
@@ -270,10 +312,16 @@ def lloyd(
     assignment, counts = pl.pallas_call(
         kernel,
         grid=(num_heads // heads, num_iterations, num_blocks),
-        in_specs=[moving(width), moving(1), staying(width), pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[
+            moving(width),
+            moving(1),
+            staying(width),
+            pl.BlockSpec(memory_space=pl.ANY),
+            None if space is None else (staying(width, width), staying(width, 1)),
+        ],
         out_specs=[pl.BlockSpec((heads, 1, size), after_last), staying(1)],
         out_shape=[
-            jax.ShapeDtypeStruct(valid.shape, jnp.int32),
+            jax.ShapeDtypeStruct(norms.shape, jnp.int32),
             jax.ShapeDtypeStruct((num_heads, 1, columns), jnp.int32),
         ],
         scratch_shapes=[
@@ -301,7 +349,7 @@ def lloyd(
         ),
         interpret=interpret,
         name="kmeans",
-    )(points, valid, starts, points)
+    )(points, norms, starts, points, space)
     return assignment[:, 0, :length], counts[:, 0, :num_clusters]
 
 
@@ -322,9 +370,10 @@ class Scratch(NamedTuple):
 
 def _kernel(
     points_ref,  # heads R queries
-    valid_ref,  # heads 1 queries
+    norms_ref,  # heads 1 queries; negative if padded
     start_ref,  # heads R C
     all_points,  # G R T, not on chip
+    space,  # heads D D, heads D 1; None if distances are between points as they are
     assignment_ref,  # heads 1 queries
     counts_ref,  # heads 1 C
     scratch: Scratch,
@@ -350,7 +399,8 @@ def _kernel(
         @pl.when(block == 0)
         def _():
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
-            probe, offset = metric.probe(centroids[...])
+            of_head = None if space is None else (space[0][h], space[1][h])
+            probe, offset = metric.probe(centroids[...], of_head)
             found = _parts(probe, metric.num_probes)
             probes[...] = jnp.concatenate([found[j] for _, j in pairs], axis=1)
             scratch.offset[h] = jnp.broadcast_to(offset, scratch.offset.shape[1:])
@@ -376,15 +426,15 @@ def _kernel(
             return [parts[place, i] for i in range(PARTS)]
 
         def assign(step, place):
-            is_valid = valid_ref[h, :, here(step)] > 0
+            norms = norms_ref[h, :, here(step)]
             found = parts_of(step, place)
             # One product of all pairs fills the matrix unit where D does not.
             stack = jnp.concatenate([found[i] for i, _ in pairs])
             scores = wide(scratch.offset.at[h]) + dot(probes[...], stack, 0)
             rows = wide(scratch.index)
-            index, far = metric.nearest(scores, rows, points_ref[h, :, here(step)])
-            index = jnp.where(is_valid, index, num_clusters)
-            far = jnp.where(is_valid, far, -1)
+            index, far = metric.nearest(scores, rows)
+            index = jnp.where(norms < 0, num_clusters, index)
+            far = jnp.where(norms < 0, -1, jnp.maximum(far + norms, 0))
             assignment_ref[h, :, here(step)] = index.astype(jnp.int32)
             first = (block * size + step * chunk) // LANES
             for row in range(chunk // LANES):

@@ -1,7 +1,9 @@
 """The results in the documents are those of the JSON files."""
 
+import dataclasses
 import json
 
+from clustax import ClusteredAttention
 from experiments import tables
 
 
@@ -274,3 +276,18 @@ def test_squad_table():
     )
     assert lines[3] == "| RoBERTa, exact, published |  |  |  | 90.4% |  |  |"
     assert lines[-1].startswith("MiniLM, trained on 400 and 401 questions for 4 epochs; 600 quest")
+
+
+def test_default_of_then_is_named_where_it_is_another():
+    now = dataclasses.asdict(ClusteredAttention(num_clusters=25))
+    paper = dataclasses.asdict(ClusteredAttention.paper())
+    record = {
+        "attentions": {
+            "improved (default), C=25, k=32": now,
+            "improved (default, num_iterations=1), C=25, k=32": now | {"num_iterations": 1},
+            "improved (paper), C=100, k=32": paper,
+        }
+    }
+    assert tables.earlier_default(record) == tables.earlier_default({}) == ""
+    record["attentions"]["improved (default), C=25, k=32"] = now | {"num_iterations": 5}
+    assert tables.earlier_default(record) == " The default of then: num_iterations=5."

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from clustax import kernels, kmeans, lsh
+from clustax import cluster_queries, kernels, kmeans, lsh
 from clustax.kernels import kmeans as kernel
+from tests.cases import BY_NAME, make_inputs
 from tests.helpers import others_once
 
 LENGTH, CLUSTERS = 300, 7
@@ -45,6 +46,38 @@ def test_points():
     assert_same("euclidean", *args, num_iterations=4)
     several = kernel.KmeansBlocks(queries=256, heads=1, chunk=128)  # two chunks in a step
     assert_same("euclidean", *args, num_iterations=4, blocks=several)
+
+
+def test_points_in_logit_space():
+    # Far from zero, where products without the mean would lose more than that to rounding.
+    rng = np.random.default_rng(0)
+    points = jnp.asarray(rng.standard_normal((2, LENGTH, 7)) + 8, jnp.bfloat16)
+    factor = rng.standard_normal((2, 7, 7))
+    points, start, valid = arguments(points.at[1, 90:].set(jnp.nan))
+    covariance = jnp.asarray(np.einsum("gij,gkj->gik", factor, factor), jnp.float32)
+    with kernels.interpret("tpu"):
+        actual = kernel.euclidean(points, start, valid, covariance, num_iterations=4, blocks=BLOCKS)
+    moved = jnp.asarray(np.einsum("gth,ghk->gtk", np.asarray(points, np.float64) - 8, factor))
+    expected = jax.vmap(functools.partial(kmeans.euclidean, num_iterations=4))(moved, start, valid)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_clusters_of_bfloat16_in_logit_space_are_those_of_xla():
+    inputs = make_inputs(BY_NAME["everything"], jnp.bfloat16)
+    found = functools.partial(
+        cluster_queries,
+        inputs.query,
+        inputs.key,
+        num_clusters=5,
+        num_iterations=3,
+        metric="euclidean",
+        query_seq_lengths=inputs.query_seq_lengths,
+        key_value_seq_lengths=inputs.key_value_seq_lengths,
+        mask=inputs.mask,
+    )
+    with kernels.interpret("tpu"):
+        actual = found(implementation="pallas")
+    jax.tree.map(np.testing.assert_array_equal, actual, found(implementation="xla"))
 
 
 @pytest.mark.parametrize(("kind", "chunk"), [("TPU v4", 128), ("TPU v5 lite", 256)])
