@@ -5,7 +5,8 @@ ahead, and only once where one block is all. Queries fill lanes. Scores, centroi
 from the matrix unit; where they are smallest makes a one-hot matrix, by which the matrix unit sums
 up the points of each cluster. Codes stay packed until they are in registers, where bits turn into
 numbers, 1 for 0 and -1 for 1, whose products count the bits that differ. Numbers of float32 are
-taken apart into several of bfloat16, which lose nothing.
+taken apart into several of bfloat16, which lose nothing. Distances between logits need no other
+points than queries: the covariance of the keys is multiplied to centroids.
 """
 
 import dataclasses

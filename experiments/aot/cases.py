@@ -157,21 +157,27 @@ def _kmeans() -> Iterator[Case]:
     libtpu takes the search for new centroids of empty clusters, which comes before later ones, to
     go on without end.
     """
-    codes = _of(jnp.int32, 1, 2, CYCLES_LENGTH)
-    points = _of(jnp.float32, 1, CYCLES_HEAD_DIM, CYCLES_LENGTH)
-    for name, metric, x in (
+    dim, lengths = CYCLES_HEAD_DIM, (CYCLES_LENGTH, CLUSTERS)
+    valid = _of(bool, 1, CYCLES_LENGTH)
+    codes: tuple[Any, ...] = (*(_of(jnp.int32, 1, 2, n) for n in lengths), valid)
+    points: tuple[Any, ...] = (
+        *(_of(jnp.bfloat16, 1, dim, n) for n in lengths),
+        valid,
+        _of(jnp.float32, 1, CYCLES_LENGTH),
+        (_of(jnp.float32, 1, dim, dim), _of(jnp.float32, 1, dim, 1)),
+    )
+    for name, metric, arguments in (
         ("Hamming", kmeans.hamming_metric(CLUSTERS, 64), codes),
-        ("Euclidean", kmeans.euclidean_metric(CLUSTERS, CYCLES_HEAD_DIM), points),
+        ("Euclidean in logit space", kmeans.euclidean_metric(CLUSTERS, dim), points),
     ):
-        arguments = (x, _of(x.dtype, 1, x.shape[1], CLUSTERS), _of(bool, 1, CYCLES_LENGTH))
         assign = partial(_assign, metric)
         products = 2 * CLUSTERS * metric.dim // CYCLES_HEAD_DIM
-        rows = 4 * x.shape[1] + 4
-        yield _kernel(f"K-means, {name}, an assignment", assign, arguments, products, rows)
+        moved = arguments[0].dtype.itemsize * arguments[0].shape[1] + 4
+        yield _kernel(f"K-means, {name}, an assignment", assign, arguments, products, moved)
 
 
-def _assign(metric, points, starts, valid):
-    return kmeans.lloyd(metric, points, starts, valid, 1)
+def _assign(metric, points, starts, valid, norms=None, space=None):
+    return kmeans.lloyd(metric, points, starts, valid, 1, norms=norms, space=space)
 
 
 def _centroid_attention() -> Iterator[Case]:
