@@ -62,7 +62,7 @@ def operations(
 
     >>> sizes = (4096, 4096, 64, 64)
     >>> round(operations(None, *sizes) / operations(ClusteredAttention(), *sizes), 1)
-    6.8
+    8.2
     """
     both_dims = head_dim + value_dim
     if (
