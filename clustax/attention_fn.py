@@ -27,7 +27,8 @@ class ClusteredAttention:
     equal settings are equal and have equal hashes, so they share compiled programs.
 
     The defaults are on the frontier of error against time that was measured on 30 s of speech; on
-    that of 512 tokens of text they are with 25 clusters. Those of the functions, and of :meth:`paper`, are the paper's.
+    that of 512 tokens of text they are with 25 clusters. Those of the functions, and of
+    :meth:`paper`, are the paper's.
 
     Clusters can be shared: a call takes those of :meth:`cluster`, or any other of its queries, as
     ``clusters``. They may be of M heads, where M divides N: each serves N / M consecutive heads.
