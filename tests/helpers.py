@@ -14,7 +14,7 @@ import pytest
 
 import clustax
 from clustax.models import WhisperConfig
-from tests.cases import Inputs
+from tests.cases import BY_NAME, Inputs, make_inputs
 
 
 def others_once(*values, every=()):
@@ -47,6 +47,26 @@ def attend(inputs: Inputs, **settings) -> jax.Array:
         key_value_seq_lengths=inputs.key_value_seq_lengths,
         **settings,
     )
+
+
+def assert_kernels_cluster_as_xla_does() -> None:
+    """In logit space, from queries of bfloat16, with padding and a mask."""
+    inputs = make_inputs(BY_NAME["everything"], jnp.bfloat16)
+
+    def clusters(implementation):
+        return clustax.cluster_queries(
+            inputs.query,
+            inputs.key,
+            num_clusters=5,
+            num_iterations=3,
+            metric="euclidean",
+            query_seq_lengths=inputs.query_seq_lengths,
+            key_value_seq_lengths=inputs.key_value_seq_lengths,
+            mask=inputs.mask,
+            implementation=implementation,
+        )
+
+    jax.tree.map(np.testing.assert_array_equal, clusters("pallas"), clusters("xla"))
 
 
 @partial(jax.jit, static_argnames=("settings", "implementation"))

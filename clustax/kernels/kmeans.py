@@ -122,6 +122,7 @@ def hamming(
     (Array([[0, 1, 0, 1]], dtype=int32), Array([[2, 2]], dtype=int32))
     """
     del num_bits  # bits that are not used are alike, and change no distance
+    codes = jnp.where(valid[..., None], codes, 0)
     words = lax.bitcast_convert_type(jnp.swapaxes(codes, 1, 2), jnp.int32)
     metric = hamming_metric(start.shape[1], WORD * codes.shape[2])
     return lloyd(metric, words, _starts(words, start), valid, num_iterations, blocks)
@@ -270,7 +271,8 @@ def lloyd(
 ) -> tuple[Int[Array, "G T"], Int[Array, "G C"]]:
     """Clusters points as memory holds them, from those that start the centroids.
 
-    To each distance that the metric finds the norm of the point is added.
+    Points that do not count are zero. To each distance that the metric finds the norm of the point
+    is added.
     """
     num_heads, width, length = points.shape
     num_clusters = starts.shape[2]
@@ -287,7 +289,7 @@ def lloyd(
     padding = ((0, 0), (0, 0), (0, num_blocks * size - length))
 
     starts = jnp.pad(starts, ((0, 0), (0, 0), (0, columns - num_clusters)))
-    points = jnp.pad(jnp.where(valid[:, None], points, 0), padding)
+    points = jnp.pad(points, padding)
     # What does not count has a norm that none has.
     norms = jnp.where(valid, 0.0 if norms is None else jnp.maximum(norms, 0), -1)[:, None]
     norms = jnp.pad(norms, padding, constant_values=-1)

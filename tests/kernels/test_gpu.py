@@ -16,7 +16,12 @@ from clustax.kernels.gpu import centroid_attention, grouped_attention
 from clustax.kernels.gpu import kmeans as gpu_kmeans
 from clustax.topk import largest
 from tests.cases import BY_NAME, make_clusters, make_inputs
-from tests.helpers import largest_error, outputs_and_gradients, random_like_output
+from tests.helpers import (
+    assert_kernels_cluster_as_xla_does,
+    largest_error,
+    outputs_and_gradients,
+    random_like_output,
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
@@ -85,22 +90,7 @@ def test_kmeans_in_logit_space_needs_no_other_points():
 
 
 def test_clusters_in_logit_space_are_those_of_xla():
-    inputs = make_inputs(BY_NAME["everything"], jnp.bfloat16)
-
-    def clusters(implementation):
-        return cluster_queries(
-            inputs.query,
-            inputs.key,
-            num_clusters=5,
-            num_iterations=3,
-            metric="euclidean",
-            query_seq_lengths=inputs.query_seq_lengths,
-            key_value_seq_lengths=inputs.key_value_seq_lengths,
-            mask=inputs.mask,
-            implementation=implementation,
-        )
-
-    jax.tree.map(np.testing.assert_array_equal, clusters("pallas"), clusters("xla"))
+    assert_kernels_cluster_as_xla_does()
 
 
 @functools.partial(jax.jit, static_argnames="attention")

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from clustax import cluster_queries, kernels, kmeans, lsh
+from clustax import kernels, kmeans, lsh
 from clustax.kernels import kmeans as kernel
-from tests.cases import BY_NAME, make_inputs
-from tests.helpers import others_once
+from tests.helpers import assert_kernels_cluster_as_xla_does, others_once
 
 LENGTH, CLUSTERS = 300, 7
 BLOCKS = kernel.KmeansBlocks(queries=128, heads=2)
@@ -63,21 +62,8 @@ def test_points_in_logit_space():
 
 
 def test_clusters_of_bfloat16_in_logit_space_are_those_of_xla():
-    inputs = make_inputs(BY_NAME["everything"], jnp.bfloat16)
-    found = functools.partial(
-        cluster_queries,
-        inputs.query,
-        inputs.key,
-        num_clusters=5,
-        num_iterations=3,
-        metric="euclidean",
-        query_seq_lengths=inputs.query_seq_lengths,
-        key_value_seq_lengths=inputs.key_value_seq_lengths,
-        mask=inputs.mask,
-    )
     with kernels.interpret("tpu"):
-        actual = found(implementation="pallas")
-    jax.tree.map(np.testing.assert_array_equal, actual, found(implementation="xla"))
+        assert_kernels_cluster_as_xla_does()
 
 
 @pytest.mark.parametrize(("kind", "chunk"), [("TPU v4", 128), ("TPU v5 lite", 256)])
