@@ -334,23 +334,24 @@ def _zero(refs):
 def _attend_tile(slots: Slots, keys: Keys, scale):
     """The outputs of a tile (M V)."""
     _, weights, lse = _softmax(slots, keys, scale)
-    if keys.tail_mean is None:
-        return _weigh(weights, keys.value)
-    mass = _mass(lse, slots.top_lse, slots.tail_lse)
-    return _weigh(mass * weights, keys.value) + (1 - mass).T * keys.tail_mean
+    mass = None if keys.tail_mean is None else _mass(lse, slots.top_lse, slots.tail_lse)
+    shares, values = _with_tail(weights, mass, keys)
+    return dot(shares, values, 0, 0)
 
 
 def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
     """Gradients of what the slots have, of what the keys have, and, for each slot, of the scale."""
     products, weights, lse = _softmax(slots, keys, scale)
-    d_weights = dot(keys.value, d_rows, 1, 1)  # k M
+    mass = None if keys.tail_mean is None else _mass(lse, slots.top_lse, slots.tail_lse)
+    shares, values = _with_tail(weights, mass, keys)
+    d_shares, d_values = dot(values, d_rows, 1, 1), dot(shares, d_rows, 1, 0)  # p+k M, p+k V
+    first = len(values) - len(weights)
+    d_weights = d_shares[first:]
     d_mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
     d_logits = weights * (d_weights - d_mean)
     d_tail_lse = d_top_lse = d_tail_mean = None
-    if keys.tail_mean is not None:
-        mass = _mass(lse, slots.top_lse, slots.tail_lse)
-        d_rows_ = d_rows.astype(mass.dtype)
-        d_tail = jnp.sum(d_rows_ * keys.tail_mean, axis=1, keepdims=True).T
+    if mass is not None:
+        d_tail = d_shares[0:1] + d_shares[1:2]  # of its mean, and the rest of that
         d_lse = mass * (1 - mass) * (d_mean - d_tail)
         d_logits = mass * d_logits
         if slots.top_lse is None:
@@ -358,19 +359,36 @@ def _tile_gradients(slots: Slots, keys: Keys, scale, d_rows):
         else:
             d_top_lse = d_lse
         d_tail_lse = -d_lse
-        d_tail_mean = jnp.sum((1 - mass).T * d_rows_, axis=0, keepdims=True)
-        weights = mass * weights
+        d_tail_mean = d_values[0:1] + d_values[2:3]  # by its weight, and the rest of that
     d_bias = None if keys.bias is None else jnp.sum(d_logits, axis=1, keepdims=True).T
     d_products = (scale * d_logits).astype(slots.query.dtype)
     return (
         Slots(dot(d_products, keys.key, 0, 0), d_tail_lse, d_top_lse),
-        Keys(
-            dot(d_products, slots.query, 1, 0),
-            dot(weights.astype(d_rows.dtype), d_rows, 1, 0),
-            d_bias,
-            d_tail_mean,
-        ),
+        Keys(dot(d_products, slots.query, 1, 0), d_values[first:], d_bias, d_tail_mean),
         jnp.sum(d_logits * products, axis=0, keepdims=True),
+    )
+
+
+def _with_tail(weights, mass, keys: Keys):
+    """What all keys weigh (p+k M) and their values (p+k V); the first p stand for the tail.
+
+    Both its weight and its mean value are what rounding makes of them and a rest: one key has both,
+    the next one the rest of the mean, a third one that of the weight. Zeros fill up registers.
+    """
+    dtype = keys.value.dtype
+    if mass is None:
+        return weights.astype(dtype), keys.value
+    row = lax.broadcasted_iota(jnp.int32, (32 // dtype.itemsize, 1), 0)
+
+    def rest(x):
+        return x - x.astype(dtype).astype(x.dtype)
+
+    weight, mean = 1 - mass, keys.tail_mean
+    of_tail = jnp.where(row < 2, weight, jnp.where(row == 2, rest(weight), 0)).astype(dtype)
+    means = jnp.where(row == 1, rest(mean), jnp.where(row < 3, mean, 0)).astype(dtype)
+    return (
+        jnp.concatenate([of_tail, (mass * weights).astype(dtype)]),
+        jnp.concatenate([means, keys.value]),
     )
 
 
@@ -389,8 +407,3 @@ def _softmax(slots: Slots, keys: Keys, scale):
 def _mass(lse, top_lse, tail_lse):
     """What the top-k keys weigh against the tail (1 M)."""
     return jax.nn.sigmoid((lse if top_lse is None else top_lse) - tail_lse)
-
-
-def _weigh(weights, value):
-    """Sums of values (M V) by weights (k M)."""
-    return dot(weights.astype(value.dtype), value, 0, 0)

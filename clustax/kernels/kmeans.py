@@ -32,6 +32,7 @@ CHUNK = 256  # queries that are worked on at once; twice as many do not fit into
 FEW_REGISTERS = ("TPU v4",)  # kinds of TPUs that have 32, not 64: half as many queries fit
 EXACT = 2**24  # float32 holds all integers up to this one
 PARTS = 3  # numbers of bfloat16 that one of float32 is worth
+NORMS_BYTES = 2**25  # of points in float32, for their norms
 NEVER = float(jnp.finfo(jnp.float32).max)  # the score of a row that is no centroid
 
 
@@ -161,13 +162,20 @@ def _norms(
     points: Float[Array, "G H T"], covariance: Float[Array, "G H H"], mean: Float[Array, "G H 1"]
 ) -> Float[Array, "G T"]:
     """The squared distances of points from their mean."""
-    slope = jnp.matmul(covariance, mean, precision=lax.Precision.HIGHEST)
-    points = points.astype(jnp.float32)
-    # What was bfloat16 keeps all bits in the matrix unit's float32.
-    product = partial(jnp.matmul, precision=lax.Precision.DEFAULT)
-    parts = (part.astype(jnp.float32) for part in bfloat16_parts(covariance))
-    moved = sum((product(part, points) for part in parts), -2 * slope)
-    return jnp.sum(points * moved, axis=1) + jnp.sum(mean * slope, axis=1)
+
+    def of_head(head):
+        points, covariance, mean = head
+        slope = jnp.matmul(covariance, mean, precision=lax.Precision.HIGHEST)  # H 1
+        points = points.astype(jnp.float32)
+        # What was bfloat16 keeps all bits in the matrix unit's float32.
+        product = partial(jnp.matmul, precision=lax.Precision.DEFAULT)
+        parts = (part.astype(jnp.float32) for part in bfloat16_parts(covariance))
+        moved = sum((product(part, points) for part in parts), -2 * slope)
+        return jnp.sum(points * moved, axis=0) + jnp.sum(mean * slope)
+
+    # All heads in float32 may be larger than whatever else attention needs.
+    at_once = max(1, NORMS_BYTES // (4 * math.prod(points.shape[1:])))
+    return lax.map(of_head, (points, covariance, mean), batch_size=at_once)
 
 
 def _starts(points: Shaped[Array, "G R T"], start: Int[Array, "G C"]) -> Shaped[Array, "G R C"]:
@@ -185,8 +193,8 @@ class Metric(NamedTuple):
       dim: the number D of numbers in a point.
       num_probes: of how many matrices of bfloat16 the sum is taken for scores.
       unpack: makes numbers (D n) of what memory holds.
-      probe: what points are multiplied with for scores (C D), and what is added (C 1), for
-        centroids in a space.
+      probe: what points are multiplied with for scores (n D), and what is added (n 1), for some of
+        the centroids (n D), their indices (n 1), and the space they are in.
       nearest: of scores and indices of rows (C n each): index of the nearest centroid, distance to
         it but for the norm of the point (1 n each).
       update: the centroids (D C), from the sums of their members and the number of these.
@@ -195,7 +203,7 @@ class Metric(NamedTuple):
     dim: int
     num_probes: int
     unpack: Callable[[Array], Array]
-    probe: Callable[[Array, Space | None], tuple[Array, Array]]
+    probe: Callable[[Array, Array, Space | None], tuple[Array, Array]]
     nearest: Callable[[Array, Array], tuple[Array, Array]]
     update: Callable[[Array, Array], Array]
 
@@ -204,10 +212,9 @@ def hamming_metric(num_clusters: int, dim: int) -> Metric:
     """Scores are distance · scale + index: one minimum finds both."""
     scale = _power_of_two(num_clusters)
 
-    def probe(centroids, _):  # the distance is (D - the product) / 2
-        index = _iota(centroids.shape[1])
+    def probe(centroids, index, _):  # the distance is (D - the product) / 2
         offset = jnp.where(index < num_clusters, dim * scale / 2 + index, NEVER)
-        return -scale / 2 * centroids.T, offset
+        return -scale / 2 * centroids, offset
 
     def nearest(scores, rows):
         best = jnp.min(scores, axis=0, keepdims=True)
@@ -227,14 +234,14 @@ def euclidean_metric(num_clusters: int, dim: int) -> Metric:
     centroids have less to lose to rounding.
     """
 
-    def probe(centroids, space):
+    def probe(centroids, index, space):
         moved, origin = centroids, 0
         if space is not None:
-            covariance, origin = space
-            moved = jnp.dot(covariance, centroids - origin, precision=lax.Precision.HIGHEST)
-        rows = moved.T
-        offset = jnp.sum((centroids + origin).T * rows, axis=1, keepdims=True)
-        return -2 * rows, jnp.where(_iota(len(rows)) < num_clusters, offset, NEVER)
+            covariance, mean = space
+            origin = mean.T
+            moved = jnp.dot(centroids - origin, covariance, precision=lax.Precision.HIGHEST)
+        offset = jnp.sum((centroids + origin) * moved, axis=1, keepdims=True)
+        return -2 * moved, jnp.where(index < num_clusters, offset, NEVER)
 
     def nearest(scores, rows):
         best = jnp.min(scores, axis=0, keepdims=True)
@@ -337,6 +344,7 @@ def lloyd(
                 probes=pltpu.VMEM((heads, columns, len(pairs) * metric.dim), jnp.bfloat16),
                 offset=pltpu.VMEM((heads, columns, LANES), jnp.float32),
                 index=pltpu.VMEM((columns, LANES), jnp.float32),
+                rows=pltpu.VMEM((columns, metric.dim), jnp.float32),
                 members=pltpu.VMEM((columns, chunk), jnp.bfloat16),
                 parts=(
                     pltpu.VMEM((2, PARTS, metric.dim, chunk), jnp.bfloat16)
@@ -365,6 +373,7 @@ class Scratch(NamedTuple):
     probes: Any  # heads C pairs·D; what the parts of each pair are multiplied with
     offset: Any  # heads C 128
     index: Any  # C 128; of each row: read from here, it does not stay in registers
+    rows: Any  # C D; the centroids, one after the other
     members: Any  # C chunk; one-hot
     parts: Any  # 2 P D chunk; of the points of two chunks; None if points are their only part
     fetched: Any  # R 128
@@ -394,6 +403,14 @@ def _kernel(
     def head(h, _):
         centroids, sums, distance, probes = (ref.at[h] for ref in scratch[:4])
 
+        def prepare_probes(step, _):  # of a few centroids, so that they stay in registers
+            here = pl.ds(pl.multiple_of(step * PACKED, PACKED), PACKED)
+            of_head = None if space is None else (space[0][h], space[1][h])
+            probe, offset = metric.probe(scratch.rows[here, :], scratch.index[here, :1], of_head)
+            found = _parts(probe, metric.num_probes)
+            probes[here, :] = jnp.concatenate([found[j] for _, j in pairs], axis=1)
+            scratch.offset[h, here, :] = jnp.broadcast_to(offset, (PACKED, LANES))
+
         @pl.when((iteration == 0) & (block == 0))
         def _():
             centroids[...] = metric.unpack(start_ref[h]).astype(jnp.float32)
@@ -402,12 +419,9 @@ def _kernel(
         @pl.when(block == 0)
         def _():
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
-            of_head = None if space is None else (space[0][h], space[1][h])
-            probe, offset = metric.probe(centroids[...], of_head)
-            found = _parts(probe, metric.num_probes)
-            probes[...] = jnp.concatenate([found[j] for _, j in pairs], axis=1)
-            scratch.offset[h] = jnp.broadcast_to(offset, scratch.offset.shape[1:])
-            scratch.index[...] = jnp.broadcast_to(_iota(len(offset)), scratch.index.shape)
+            scratch.rows[...] = centroids[...].T
+            scratch.index[...] = jnp.broadcast_to(_iota(len(scratch.index)), scratch.index.shape)
+            lax.fori_loop(0, len(scratch.rows) // PACKED, prepare_probes, None)
 
         members, parts = scratch.members, scratch.parts
         last = size // chunk - 1
