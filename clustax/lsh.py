@@ -91,20 +91,21 @@ def _hash(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     normals, offsets = planes[:, :-1].astype(dtype), planes[:, -1].astype(dtype)
 
-    def code(query):  # H
-        sides = lax.dot(normals, query.astype(dtype), precision=lax.Precision.HIGHEST)
-        return pack_bits(sides > offsets, axis=0)  # W
+    def codes(query: Float[Array, "... H"]) -> UInt32[Array, "... W"]:
+        sides = jnp.einsum(
+            "...h,bh->...b", query.astype(dtype), normals, precision=lax.Precision.HIGHEST
+        )
+        return pack_bits(sides > offsets, axis=-1)
 
     # Queries are taken as they lie in memory: to bring their heads together would cost more. On a
     # CPU the products of a few thousand stay in its caches.
-    *rest, head_dim = query.shape
-    at_once = max(1, CPU_BYTES_IN_FLIGHT // (8 * len(planes)))
-    codes = lax.platform_dependent(
-        lax.stop_gradient(query).reshape(-1, head_dim),
-        cpu=lambda queries: lax.map(code, queries, batch_size=at_once),
-        default=jax.vmap(code),
-    )
-    return jnp.swapaxes(codes.reshape(*rest, -1), -3, -2)
+    def in_turn(query):
+        at_once = max(1, CPU_BYTES_IN_FLIGHT // (8 * len(planes)))
+        flat = lax.map(codes, query.reshape(-1, query.shape[-1]), batch_size=at_once)
+        return flat.reshape(*query.shape[:-1], -1)
+
+    found = lax.platform_dependent(lax.stop_gradient(query), cpu=in_turn, default=codes)
+    return jnp.swapaxes(found, -3, -2)
 
 
 def pack_bits(bits: Bool[Array, "..."], *, axis: int) -> UInt32[Array, "..."]:
