@@ -218,6 +218,8 @@ def to_logit_space(
     length, num_heads, head_dim = shape[-3:]
     key = masks.drop_keys(key, valid_keys, num_heads)
     num_keys, num_key_heads = key.shape[-3:-1]
+    # What was bfloat16 keeps all bits in matrix units, whatever the precision.
+    has_few_bits = query.dtype == jnp.bfloat16
     query = lax.stop_gradient(query).astype(dtype).reshape(-1, *query.shape[-3:])  # B T N H
     key = lax.stop_gradient(key).astype(dtype).reshape(-1, *key.shape[-3:])  # B S K H
 
@@ -230,8 +232,15 @@ def to_logit_space(
     query_weights = means(masks.valid_positions(lengths, length), num_key_heads, length)
     key_weights = means(True if valid_keys is None else valid_keys, num_key_heads, num_keys)
 
+    dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+    def transform(query, mean, factor):  # T G H, G H, H H -> T G H
+        if not has_few_bits:
+            return dot(query - mean, factor)
+        moved = lax.platform_dependent(query, factor, cpu=dot, default=_dot_by_parts)
+        return moved - dot(mean, factor)
+
     def key_head(query, key, query_weight, key_weight):  # T G H, S H, T, S
-        dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         centred = key - dot(key_weight, key)
         covariance = dot((key_weight[:, None] * centred).T, centred)  # H H
         # Keys that fill only a subspace still get a factor, one that is small in the other
@@ -240,7 +249,7 @@ def to_logit_space(
         factor = jnp.linalg.cholesky(covariance + ridge * jnp.eye(head_dim, dtype=dtype))
         query = jnp.where(query_weight[:, None, None] > 0, query, 0)
         mean = dot(query_weight, query.reshape(length, -1)).reshape(query.shape[1:])
-        return dot(query - mean, factor)
+        return transform(query, mean, factor)
 
     out = map_heads(
         key_head,
@@ -253,6 +262,16 @@ def to_logit_space(
         head_bytes=8 * (length + num_keys) * head_dim,
     )  # B T K G H
     return out.reshape(shape)
+
+
+def _dot_by_parts(x: Float[Array, "... H"], y: Float[Array, "H D"]) -> Float[Array, "... D"]:
+    """The product in full precision where x was bfloat16: y is a sum of three such arrays."""
+    total = jnp.zeros((), y.dtype)
+    for _ in range(3):
+        part = lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
+        total += jnp.matmul(x, part, precision=lax.Precision.DEFAULT)
+        y = y - part
+    return total
 
 
 @partial(jax.jit, static_argnames="num_heads")

@@ -1,6 +1,8 @@
 """One problem per attention head, or per row of one: how many of them are worked on at once."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +13,9 @@ from jaxtyping import Array, Int, PyTree, Shaped
 # On a CPU the intermediate arrays of the heads in flight should stay in its caches: touching fresh
 # memory costs more there than the arithmetic on it.
 CPU_BYTES_IN_FLIGHT = 2**22
+# On a TPU they should not take most of its memory where sequences are long; such heads are enough
+# to fill it.
+TPU_BYTES_IN_FLIGHT = 2**27
 # A single head may need more. From a few times this on, each pass over such arrays gets slower.
 CPU_BYTES_IN_BLOCK = 2**24
 
@@ -25,9 +30,9 @@ def map_heads(
 ) -> PyTree[Shaped[Array, "..."]]:
     """Applies ``head`` to every batch entry and head.
 
-    Accelerators take all heads at once; a CPU takes as many as have their intermediate arrays, of
-    ``head_bytes`` a head, in its caches. Gradients recompute the intermediate arrays, so that only
-    those of the heads in flight need memory.
+    A GPU takes all heads at once; a CPU takes as many as have their intermediate arrays, of
+    ``head_bytes`` a head, in its caches, and a TPU as many as leave most of its memory. Gradients
+    recompute the intermediate arrays, so that only those of the heads in flight need memory.
 
     Args:
       head: what is done to each, called with ``shared`` and ``args``; it must not close over
@@ -46,10 +51,27 @@ def map_heads(
         batch = jax.vmap(jax.checkpoint(heads), (*no_axes, *(0 for _ in args)))
         return batch(*shared, *args)
 
-    def in_turn(shared, *args):
-        return _in_turn(head, shared, args, in_axes, out_axis, head_bytes)
+    def in_turn(bytes_in_flight, shared, *args):
+        at_once = max(1, bytes_in_flight // max(1, head_bytes))
+        return _in_turn(head, shared, args, in_axes, out_axis, at_once)
 
-    return lax.platform_dependent(shared, *args, cpu=in_turn, default=at_once)
+    num_heads = math.prod(_batch_and_heads(args, in_axes))
+    is_much = num_heads * head_bytes > TPU_BYTES_IN_FLIGHT
+    return lax.platform_dependent(
+        shared,
+        *args,
+        cpu=partial(in_turn, CPU_BYTES_IN_FLIGHT),
+        tpu=partial(in_turn, TPU_BYTES_IN_FLIGHT) if is_much else at_once,
+        default=at_once,
+    )
+
+
+def _batch_and_heads(args: Sequence[PyTree], in_axes: Sequence[int]) -> tuple[int, int]:
+    return next(
+        (x.shape[0], x.shape[axis])
+        for arg, axis in zip(args, in_axes, strict=True)
+        for x in jax.tree.leaves(arg)
+    )
 
 
 def _in_turn(
@@ -58,7 +80,7 @@ def _in_turn(
     args: tuple[PyTree, ...],
     in_axes: tuple[int, ...],
     out_axis: int,
-    head_bytes: int,
+    at_once: int,
 ) -> PyTree:
     """A few heads at a time, of one batch entry.
 
@@ -73,13 +95,8 @@ def _in_turn(
             for arg, axis in zip(args, in_axes, strict=True)
         ]
 
-    batch, num_heads = next(
-        (x.shape[0], x.shape[axis])
-        for arg, axis in zip(args, in_axes, strict=True)
-        for x in jax.tree.leaves(arg)
-    )
-    most = max(1, min(num_heads, CPU_BYTES_IN_FLIGHT // max(1, head_bytes)))
-    size = max(n for n in range(1, most + 1) if num_heads % n == 0)
+    batch, num_heads = _batch_and_heads(args, in_axes)
+    size = max(n for n in range(1, min(num_heads, at_once) + 1) if num_heads % n == 0)
     num_parts = num_heads // size
 
     def heads(shared, args):  # without the batch axis

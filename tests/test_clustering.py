@@ -291,6 +291,13 @@ def test_heads_are_mapped_wherever_their_axis_is(head_bytes):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("head_bytes", "loops"), [(2**10, 0), (2**26, 1)])
+def test_a_tpu_takes_heads_in_turn_where_they_are_large(head_bytes, loops):
+    mapped = jax.jit(functools.partial(map_heads, jnp.sin, head_bytes=head_bytes))
+    program = mapped.trace(jnp.ones((2, 3, 4))).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("stablehlo.while") == loops
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("width", [16, 32])
 def test_ones_are_counted_in_fields_of_any_width(width):
@@ -507,6 +514,12 @@ def test_fewer_valid_queries_than_clusters(metric, length):
     np.testing.assert_array_equal(clusters.counts.sum(axis=-1), length)
 
 
+def _multiply_as_matrix_units_do(x, y, precision):
+    if precision == jax.lax.Precision.DEFAULT:
+        x, y = (jax.lax.reduce_precision(each, exponent_bits=8, mantissa_bits=7) for each in (x, y))
+    return jax.lax.dot_general(x, y, (((x.ndim - 1,), (y.ndim - 2,)), ((), ())))
+
+
 class TestLogitSpace:
     """Distances between queries that are distances between their logits."""
 
@@ -525,6 +538,20 @@ class TestLogitSpace:
             points = np.asarray(transformed[entry, :, head], np.float64)
             distances = ((points[:, None] - points) ** 2).sum(axis=-1)
             np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+    def test_accelerators_multiply_bfloat16_by_parts(self, request):
+        """Whatever precision they have for float32: here that of bfloat16."""
+        rng = np.random.default_rng(0)
+        query, key = (
+            jnp.asarray(rng.standard_normal((1, length, 2, 5)) + 3, jnp.bfloat16)
+            for length in (9, 30)
+        )
+        expected = to_logit_space(query.astype(jnp.float32), key.astype(jnp.float32), None, None)
+        request.getfixturevalue("accelerator")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jnp, "matmul", _multiply_as_matrix_units_do)
+            found = to_logit_space(query, key, None, None)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.once
     @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
