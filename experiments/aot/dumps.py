@@ -85,10 +85,13 @@ def shared_memory(modules: Iterable[str]) -> dict[str, int]:
 
 
 def largest_array(hlo: str) -> int:
-    """The number of elements of the largest array of a program; what is in a fusion is none."""
+    """The number of elements of the largest array of a program.
+
+    What is in a fusion is none, nor is a row of bytes, as which libtpu copies arrays of any kind.
+    """
     inside = fused(hlo)
     held = "".join(text for name, text in computations(hlo).items() if name not in inside)
-    shapes = re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]", held)
+    shapes = re.findall(r"\b(?:pred|bf16|(?!s8\[\d+\])[fsu]\d+)\[([\d,]+)\]", held)
     return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
 
