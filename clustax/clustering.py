@@ -237,7 +237,7 @@ def to_logit_space(
     def transform(query, mean, factor):  # T G H, G H, H H -> T G H
         if not has_few_bits:
             return dot(query - mean, factor)
-        moved = lax.platform_dependent(query, factor, cpu=dot, default=_dot_by_parts)
+        moved = lax.platform_dependent(query, factor, tpu=_dot_by_parts, default=dot)
         return moved - dot(mean, factor)
 
     def key_head(query, key, query_weight, key_weight):  # T G H, S H, T, S
@@ -265,7 +265,10 @@ def to_logit_space(
 
 
 def _dot_by_parts(x: Float[Array, "... H"], y: Float[Array, "H D"]) -> Float[Array, "... D"]:
-    """The product in full precision where x was bfloat16: y is a sum of three such arrays."""
+    """The product in full precision where x was bfloat16: y is a sum of three such arrays.
+
+    That is half of the work, and libtpu takes a minute to compile the other way.
+    """
     total = jnp.zeros((), y.dtype)
     for _ in range(3):
         part = lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)

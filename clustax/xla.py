@@ -154,8 +154,7 @@ def attend_head(
     if topk == len(keys.key):  # there is no tail
         slots = queries.reshape(-1, queries.shape[-1])
         every = attend_keys(attention_logits(slots, keys, scale), keys.value)
-        rows = every.mean.reshape(*queries.shape[:2], -1)
-        return empty_tiles(rows.astype(query.dtype), tiles)
+        return empty_tiles(every.mean.reshape(*queries.shape[:2], -1), tiles)
 
     subclusters = split_clusters(tiles, counts, num_subclusters)
     centroids = pool(queries, tiles, subclusters)  # C R H
@@ -166,8 +165,7 @@ def attend_head(
         row_bytes=4 * num_subclusters * len(keys.key),
     )
     if topk == 0:
-        means = at_centroids.tail.mean.astype(query.dtype)
-        return means.at[assignment].get(mode="fill", fill_value=0)
+        return at_centroids.tail.mean.at[assignment].get(mode="fill", fill_value=0)
 
     tile_index = at_centroids.top_keys[tiles.cluster]  # L k
     tile_keys = jax.tree.map(lambda x: x[tile_index], keys)  # L k …
@@ -178,8 +176,7 @@ def attend_head(
     else:  # each query has its own
         top_lse = top.lse
     mass = jax.nn.sigmoid(top_lse - of_subcluster(tail_lse, tiles, subclusters))[..., None]
-    rows = mass * top.mean + (1 - mass) * of_cluster(tail_mean, tiles)
-    return empty_tiles(rows.astype(query.dtype), tiles)
+    return empty_tiles(mass * top.mean + (1 - mass) * of_cluster(tail_mean, tiles), tiles)
 
 
 def attend_centroids(

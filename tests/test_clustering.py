@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import clustax
 from clustax import kernels, kmeans, lsh
-from clustax.clustering import key_covariance, to_logit_space
+from clustax.clustering import _dot_by_parts, key_covariance, to_logit_space
 from clustax.heads import map_heads
 from tests import oracle
 from tests.cases import BY_NAME, make_inputs
@@ -515,9 +515,9 @@ def test_fewer_valid_queries_than_clusters(metric, length):
 
 
 def _multiply_as_matrix_units_do(x, y, precision):
-    if precision == jax.lax.Precision.DEFAULT:
-        x, y = (jax.lax.reduce_precision(each, exponent_bits=8, mantissa_bits=7) for each in (x, y))
-    return jax.lax.dot_general(x, y, (((x.ndim - 1,), (y.ndim - 2,)), ((), ())))
+    assert precision == jax.lax.Precision.DEFAULT
+    x, y = (jax.lax.reduce_precision(each, exponent_bits=8, mantissa_bits=7) for each in (x, y))
+    return x @ y
 
 
 class TestLogitSpace:
@@ -539,19 +539,23 @@ class TestLogitSpace:
             distances = ((points[:, None] - points) ** 2).sum(axis=-1)
             np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
-    def test_accelerators_multiply_bfloat16_by_parts(self, request):
-        """Whatever precision they have for float32: here that of bfloat16."""
+    def test_bfloat16_is_as_far_apart_as_the_same_in_float32(self):
         rng = np.random.default_rng(0)
         query, key = (
             jnp.asarray(rng.standard_normal((1, length, 2, 5)) + 3, jnp.bfloat16)
             for length in (9, 30)
         )
         expected = to_logit_space(query.astype(jnp.float32), key.astype(jnp.float32), None, None)
-        request.getfixturevalue("accelerator")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jnp, "matmul", _multiply_as_matrix_units_do)
-            found = to_logit_space(query, key, None, None)
+        found = to_logit_space(query, key, None, None)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    def test_products_by_parts_are_exact_in_matrix_units(self, monkeypatch):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((9, 5)), jnp.bfloat16).astype(jnp.float32)
+        y = jnp.asarray(rng.standard_normal((5, 5)), jnp.float32)
+        expected = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+        monkeypatch.setattr(jnp, "matmul", _multiply_as_matrix_units_do)
+        np.testing.assert_allclose(_dot_by_parts(x, y), expected, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.once
     @pytest.mark.parametrize("metric", ["hamming", "euclidean"])
