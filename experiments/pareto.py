@@ -9,9 +9,7 @@ A run that was killed goes on where it was when it is started again.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,7 @@ from experiments.common.packages import (
 from experiments.common.pictures import label_log_axis
 from experiments.common.speech import asterisk_prompts, spectrograms
 from experiments.common.text import DocumentsError
-from experiments.common.timing import Times, take_turns
+from experiments.common.timing import Times, compile_all, take_turns
 from experiments.swap import shared, speech, text
 from experiments.swap.shared import DEFAULT, EXACT, PAPER
 
@@ -279,26 +277,6 @@ COLLECT: dict[Source, Callable[[Settings, Console], Collect]] = {
 }
 
 
-def compile_all(compared: Sequence[Candidate], inputs: Inputs, advance: Callable[[], None]) -> None:
-    """Runs each once, which compiles it, several at once: each compilation keeps one core busy.
-
-    Args:
-        compared: what to compile.
-        inputs: query, key and value of the shapes to compile for.
-        advance: called after each.
-    """
-
-    def run(candidate: Candidate) -> None:
-        attend(candidate.attention, *inputs).block_until_ready()
-
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for _ in pool.map(run, compared):
-            advance()
-    finally:
-        pool.shutdown(cancel_futures=True)  # An interrupt does not wait for all of them.
-
-
 def compare(
     compared: Sequence[Candidate], inputs: Inputs, rounds: int, advance: Callable[[], None]
 ) -> list[dict[str, Any]]:
@@ -367,7 +345,8 @@ def measure(
                 progress.advance(task)
 
             progress.advance(task, turns * (len(places) - len(left)))
-            compile_all(compared, collect(*next(iter(left.values()))), advance)
+            inputs = collect(*next(iter(left.values())))
+            compile_all([partial(attend, each.attention, *inputs) for each in compared], advance)
             for name, place in left.items():
                 inputs = collect(*place)
                 found = compare(compared, inputs, settings.rounds, advance)

@@ -32,6 +32,7 @@ CHUNK = 256  # queries that are worked on at once; twice as many do not fit into
 FEW_REGISTERS = ("TPU v4",)  # kinds of TPUs that have 32, not 64: half as many queries fit
 EXACT = 2**24  # float32 holds all integers up to this one
 PARTS = 3  # numbers of bfloat16 that one of float32 is worth
+PROBES = 64  # centroids that are worked on at once in a space; more do not fit into registers
 NORMS_BYTES = 2**25  # of points in float32, for their norms
 NEVER = float(jnp.finfo(jnp.float32).max)  # the score of a row that is no centroid
 
@@ -284,6 +285,8 @@ def lloyd(
     num_heads, width, length = points.shape
     num_clusters = starts.shape[2]
     columns = round_up(num_clusters, PACKED)
+    at_once = columns if space is None else min(columns, PROBES)
+    rows = round_up(columns, at_once)
     interpret = kernels.interpret.value is not None
     if blocks is None:
         blocks = KmeansBlocks.default(num_heads, length, width, points.dtype.itemsize)
@@ -316,6 +319,7 @@ def lloyd(
         num_clusters=num_clusters,
         num_iterations=num_iterations,
         pairs=pairs,
+        at_once=at_once,
         # Some CPUs have no products of bfloat16.
         dot=partial(_dot, dtype=jnp.dtype(jnp.float32 if interpret else jnp.bfloat16)),
     )
@@ -341,10 +345,10 @@ def lloyd(
                 distance=pltpu.VMEM(
                     (heads, round_up(num_blocks * size, 8 * LANES) // LANES, LANES), jnp.float32
                 ),
-                probes=pltpu.VMEM((heads, columns, len(pairs) * metric.dim), jnp.bfloat16),
-                offset=pltpu.VMEM((heads, columns, LANES), jnp.float32),
-                index=pltpu.VMEM((columns, LANES), jnp.float32),
-                rows=pltpu.VMEM((columns, metric.dim), jnp.float32),
+                rows=pltpu.VMEM((rows, metric.dim), jnp.float32),
+                probes=pltpu.VMEM((heads, rows, len(pairs) * metric.dim), jnp.bfloat16),
+                offset=pltpu.VMEM((heads, rows, LANES), jnp.float32),
+                index=pltpu.VMEM((rows, LANES), jnp.float32),
                 members=pltpu.VMEM((columns, chunk), jnp.bfloat16),
                 parts=(
                     pltpu.VMEM((2, PARTS, metric.dim, chunk), jnp.bfloat16)
@@ -370,10 +374,10 @@ class Scratch(NamedTuple):
     centroids: Any  # heads D C
     sums: Any  # heads D+16 C; of the points of each cluster; from row D on, how many
     distance: Any  # heads T/128 128; from each query to its centroid; -1 if padded
+    rows: Any  # C D; the centroids of one head
     probes: Any  # heads C pairs·D; what the parts of each pair are multiplied with
     offset: Any  # heads C 128
     index: Any  # C 128; of each row: read from here, it does not stay in registers
-    rows: Any  # C D; the centroids, one after the other
     members: Any  # C chunk; one-hot
     parts: Any  # 2 P D chunk; of the points of two chunks; None if points are their only part
     fetched: Any  # R 128
@@ -394,22 +398,25 @@ def _kernel(
     num_clusters: int,
     num_iterations: int,
     pairs: list[tuple[int, int]],
+    at_once: int,
     dot: Callable[[Array, Array, int], Array],
 ):
     first_head = pl.program_id(0) * points_ref.shape[0]
     iteration, block = pl.program_id(1), pl.program_id(2)
-    size, chunk = points_ref.shape[2], scratch.members.shape[1]
+    size, columns = points_ref.shape[2], start_ref.shape[2]
+    chunk = scratch.members.shape[1]
 
     def head(h, _):
-        centroids, sums, distance, probes = (ref.at[h] for ref in scratch[:4])
+        centroids, sums, distance = (ref.at[h] for ref in scratch[:3])
+        probes, offsets = scratch.probes.at[h], scratch.offset.at[h]
 
-        def prepare_probes(step, _):  # of a few centroids, so that they stay in registers
-            here = pl.ds(pl.multiple_of(step * PACKED, PACKED), PACKED)
+        def prepare_probes(step, _):
+            here = pl.ds(pl.multiple_of(step * at_once, at_once), at_once)
             of_head = None if space is None else (space[0][h], space[1][h])
             probe, offset = metric.probe(scratch.rows[here, :], scratch.index[here, :1], of_head)
             found = _parts(probe, metric.num_probes)
             probes[here, :] = jnp.concatenate([found[j] for _, j in pairs], axis=1)
-            scratch.offset[h, here, :] = jnp.broadcast_to(offset, (PACKED, LANES))
+            offsets[here, :] = jnp.broadcast_to(offset, (at_once, LANES))
 
         @pl.when((iteration == 0) & (block == 0))
         def _():
@@ -419,15 +426,15 @@ def _kernel(
         @pl.when(block == 0)
         def _():
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
-            scratch.rows[...] = centroids[...].T
+            scratch.rows[:columns, :] = centroids[...].T
             scratch.index[...] = jnp.broadcast_to(_iota(len(scratch.index)), scratch.index.shape)
-            lax.fori_loop(0, len(scratch.rows) // PACKED, prepare_probes, None)
+            lax.fori_loop(0, len(scratch.rows) // at_once, prepare_probes, None)
 
         members, parts = scratch.members, scratch.parts
         last = size // chunk - 1
 
         def wide(ref):
-            return jnp.concatenate([ref[...]] * (chunk // LANES), axis=1)
+            return jnp.concatenate([ref[:columns, :]] * (chunk // LANES), axis=1)
 
         def here(step):
             return pl.ds(pl.multiple_of(step * chunk, chunk), chunk)
@@ -447,7 +454,7 @@ def _kernel(
             found = parts_of(step, place)
             # One product of all pairs fills the matrix unit where D does not.
             stack = jnp.concatenate([found[i] for i, _ in pairs])
-            scores = wide(scratch.offset.at[h]) + dot(probes[...], stack, 0)
+            scores = wide(offsets) + dot(probes[:columns, :], stack, 0)
             rows = wide(scratch.index)
             index, far = metric.nearest(scores, rows)
             index = jnp.where(norms < 0, num_clusters, index)

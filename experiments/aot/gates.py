@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.aot.targets import KIB, MIB, TPUS, VMEM_LIMIT
 
-MAX_SPILLS = 16
+MAX_SPILLS = 20
 """Registers that a kernel may spill."""
 MAX_SPILLED_SHARE = 1 / 12
 """The same for each bundle of its instructions on a v4, which has half as many registers."""

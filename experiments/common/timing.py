@@ -1,9 +1,11 @@
 """Times of rivals that take turns, so that the noise of the machine hits all of them alike."""
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,6 +34,23 @@ class Times:
         """Seconds: a quarter of the runs took less than the first, a quarter more."""
         low, high = np.quantile(self.seconds, [0.25, 0.75])
         return float(low), float(high)
+
+
+def compile_all(
+    runs: Iterable[Callable[[], object]], advance: Callable[[], None] = lambda: None
+) -> None:
+    """Runs each once, which compiles it, several at once: each compilation keeps one core busy.
+
+    Args:
+        runs: what to compile.
+        advance: called after each.
+    """
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for _ in pool.map(lambda run: run(), runs):
+            advance()
+    finally:
+        pool.shutdown(cancel_futures=True)  # An interrupt does not wait for all of them.
 
 
 def take_turns(

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from clustax import ClusteredAttention
 from experiments.common.files import whole_file
 from experiments.common.journal import Journal, source_digest
 from experiments.common.packages import Package
+from experiments.common.timing import compile_all
 
 B = TypeVar("B")
 P = TypeVar("P")
@@ -106,9 +108,7 @@ def in_turns(
     order = list(range(len(rivals)))
     for number, batch in enumerate(batches):
         if number == 0:
-            for rival in rivals:
-                rival(batch)  # Compiles it.
-                advance()
+            compile_all([partial(rival, batch) for rival in rivals], advance)
         found = {}
         for index in order:
             found[index] = rivals[index](batch)

@@ -128,8 +128,8 @@ def test_nothing_fails_where_all_is_well():
         ({"error": "it died"}, "v5e: attention, T=8192: does not compile: it died"),
         ({"elements": 10}, "an array has 10 elements, where T·C are 10"),
         (
-            {"kernels": {"kmeans": {"memory": 0, "spills": 17, "size": 1}}},
-            "kmeans spills 17 registers, more than 16",
+            {"kernels": {"kmeans": {"memory": 0, "spills": 21, "size": 1}}},
+            "kmeans spills 21 registers, more than 20",
         ),
         (
             {"kernels": {"kmeans": {"memory": 17 * 2**20, "spills": 0, "size": 1}}},
