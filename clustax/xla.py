@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clustax.heads import map_heads, map_rows
 from clustax.topk import largest
@@ -168,7 +168,7 @@ def attend_head(
         return at_centroids.tail.mean.at[assignment].get(mode="fill", fill_value=0)
 
     tile_index = at_centroids.top_keys[tiles.cluster]  # L k
-    tile_keys = jax.tree.map(lambda x: x[tile_index], keys)  # L k …
+    tile_keys = jax.tree.map(lambda x: take_rows(x, tile_index), keys)  # L k …
     top = attend_keys(attention_logits(queries, tile_keys, scale), tile_keys.value)  # L M …
     tail_mean, tail_lse = at_centroids.tail
     if merge == "mass":  # the split between top-k keys and tail is that of the centroid
@@ -280,13 +280,38 @@ def empty_tiles(rows: Float[Array, "L M V"], tiles: Tiles) -> Float[Array, "T V"
     return scatter_rows(rows, tiles.query.reshape(-1), len(tiles.slot))
 
 
+def take_rows(x: Shaped[Array, "S ..."], index: Int[Array, "L k"]) -> Shaped[Array, "L k ..."]:
+    """Some rows of an array."""
+    return _move(lambda x, index: x[index], x, index)
+
+
 def scatter_rows(
     rows: Float[Array, "n D"], index: Int[Array, " n"], size: int
 ) -> Float[Array, "size D"]:
     """Puts rows at different places of an array of zeros, or nowhere if that is beyond its end."""
+
     # Reading in order and writing anywhere is faster on a CPU than the other way round.
-    out = jnp.zeros((size, rows.shape[-1]), rows.dtype)
-    return out.at[index].set(rows, mode="drop", unique_indices=True)
+    def scatter(rows, index):
+        out = jnp.zeros((size, rows.shape[-1]), rows.dtype)
+        return out.at[index].set(rows, mode="drop", unique_indices=True)
+
+    return _move(scatter, rows, index)
+
+
+def _move(
+    function: Callable[[Array, Array], Array], x: Shaped[Array, "..."], index: Int[Array, "..."]
+) -> Shaped[Array, "..."]:
+    """Moves rows; on a TPU those of half precision as float32.
+
+    Two of them share a place there: libtpu takes minutes to compile what writes to one.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return function(x, index)
+
+    def in_float32(x, index):
+        return function(x.astype(jnp.float32), index).astype(x.dtype)
+
+    return lax.platform_dependent(x, index, tpu=in_float32, default=function)
 
 
 def of_cluster(x: Float[Array, "C ..."], tiles: Tiles) -> Float[Array, "L 1 ..."]:

@@ -1,6 +1,7 @@
 """``attend`` and ``clustered_attention`` of every implementation, on the shared cases."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -372,3 +373,20 @@ def test_accelerators_get_the_same_outputs_and_gradients(accelerator):
         assert largest_error(out, expected_out) <= 1e-5
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             assert largest_error(gradient, expected_gradient) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rows_of_half_precision_are_moved_as_float32_on_a_tpu(dtype):
+    index = jnp.array([[1], [0], [3]])
+
+    def moved(x):
+        return xla.scatter_rows(xla.take_rows(x, index)[:, 0], index[:, 0], 4)
+
+    x = jnp.arange(8, dtype=dtype).reshape(4, 2)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(moved(x).astype(jnp.float32) ** 2)))
+    np.testing.assert_array_equal(moved(x), x.at[2].set(0))
+    np.testing.assert_array_equal(gradient(x), 2 * x.at[2].set(0))
+    program = gradient.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    operands = re.findall(r'"stablehlo\.scatter"[\s\S]*?\}\) : \((.*?)\) ->', program)
+    assert len(operands) == 2
+    assert all(each.count("xf32>") == 2 for each in operands)
