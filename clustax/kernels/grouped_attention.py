@@ -375,15 +375,15 @@ def _with_tail(weights, mass, keys: Keys):
     Both its weight and its mean value are what rounding makes of them and a rest: one key has both,
     the next one the rest of the mean, a third one that of the weight. Zeros fill up registers.
     """
-    dtype = keys.value.dtype
-    if mass is None:
+    dtype, mean = keys.value.dtype, keys.tail_mean
+    if mean is None:
         return weights.astype(dtype), keys.value
     row = lax.broadcasted_iota(jnp.int32, (32 // dtype.itemsize, 1), 0)
 
     def rest(x):
         return x - x.astype(dtype).astype(x.dtype)
 
-    weight, mean = 1 - mass, keys.tail_mean
+    weight = 1 - mass
     of_tail = jnp.where(row < 2, weight, jnp.where(row == 2, rest(weight), 0)).astype(dtype)
     means = jnp.where(row == 1, rest(mean), jnp.where(row < 3, mean, 0)).astype(dtype)
     return (

@@ -266,6 +266,7 @@ def test_each_block_has_a_dropout_of_its_own():
     assert jnp.abs(blocks[:, 1] - blocks[:, 2]).max() > 0.1
 
 
+@pytest.mark.once
 def test_blocks_save_the_memory_of_hidden_activations():
     def bytes_per_position(block_size, length=4096):
         layer = EncoderLayer(32, 2, 512, dropout_rate=0, block_size=block_size, rngs=nnx.Rngs(0))
