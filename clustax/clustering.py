@@ -232,15 +232,8 @@ def to_logit_space(
     query_weights = means(masks.valid_positions(lengths, length), num_key_heads, length)
     key_weights = means(True if valid_keys is None else valid_keys, num_key_heads, num_keys)
 
-    dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-    def transform(query, mean, factor):  # T G H, G H, H H -> T G H
-        if not has_few_bits:
-            return dot(query - mean, factor)
-        moved = lax.platform_dependent(query, factor, tpu=_dot_by_parts, default=dot)
-        return moved - dot(mean, factor)
-
     def key_head(query, key, query_weight, key_weight):  # T G H, S H, T, S
+        dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         centred = key - dot(key_weight, key)
         covariance = dot((key_weight[:, None] * centred).T, centred)  # H H
         # Keys that fill only a subspace still get a factor, one that is small in the other
@@ -249,7 +242,10 @@ def to_logit_space(
         factor = jnp.linalg.cholesky(covariance + ridge * jnp.eye(head_dim, dtype=dtype))
         query = jnp.where(query_weight[:, None, None] > 0, query, 0)
         mean = dot(query_weight, query.reshape(length, -1)).reshape(query.shape[1:])
-        return transform(query, mean, factor)
+        if not has_few_bits:
+            return dot(query - mean, factor)
+        moved = lax.platform_dependent(query, factor, tpu=_dot_by_parts, default=dot)
+        return moved - dot(mean, factor)
 
     out = map_heads(
         key_head,
